@@ -1,0 +1,64 @@
+# `make demo` and `make test` need only Python 3.10 or newer, pip and make; the rest builds on them.
+# Another interpreter: make PYTHON=python3.12 demo. Another folder for the environment: make VENV=/some/where demo.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
+DEMO_TEXTS := "a red apple" "a picture of a blue heart" "红苹果" "猫脸"
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
+
+.PHONY: help demo test lint types notebooks wheel-check clean
+
+help:
+	@echo "make demo         install into $(VENV) and draw a few pictures into demo/"
+	@echo "make test         install into $(VENV) and run all tests, notebooks included"
+	@echo "make lint         ruff"
+	@echo "make types        mypy"
+	@echo "make notebooks    run all notebooks again and keep their outputs"
+	@echo "make wheel-check  build the wheel, install it elsewhere, draw a picture there"
+	@echo "make clean        remove what the commands above made, except $(VENV)"
+
+# Stamps: a step runs again only when its inputs are newer than the file that it touched last.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python %d.%d is too old: minicogview needs 3.10 or newer; try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.plain: pyproject.toml constraints.txt $(VENV)/.made
+	@echo "Installing minicogview into $(VENV): a few hundred MB the first time"
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
+	@echo "Installing minicogview and its development tools into $(VENV): a few hundred MB the first time"
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.plain $@
+
+demo: $(VENV)/.plain
+	$(VENV)/bin/minicogview generate $(DEMO_TEXTS) --n 4 --seed 0 --out demo
+	@echo "The pictures are in $(CURDIR)/demo"
+
+# One thread a process: two workers with two threads each would wait for one another on two cores.
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.dev
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 --doctest-modules $(NBVAL) \
+		$(wildcard notebooks) minicogview tests
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+
+types: $(VENV)/.dev
+	$(PY) -m mypy
+
+notebooks: export OMP_NUM_THREADS = 1
+notebooks: $(VENV)/.dev
+	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		--ExecutePreprocessor.timeout=300 notebooks/*.ipynb
+
+wheel-check: $(VENV)/.dev
+	.ci/wheel-check $(PY)
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,143 @@
+"""Weights on disk: our own safetensors files, and the released SwissArmyTransformer (SAT) folders.
+
+The idea: a file of ours describes itself (its configuration is JSON in the header), so nothing is guessed from
+names, and nothing loaded can run code: safetensors holds only tensors, and SAT files are opened with
+``weights_only=True``. The official parameter names live here and nowhere else.
+
+Mirrors: the checkpoint layout that SwissArmyTransformer 0.2.1 writes (``latest``, ``ITERATION/mp_rank_00_...``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig, VQVAEConfig, from_json, to_json
+from minicogview.errors import MiniCogViewError
+
+CONFIG_TYPES = {"coglm": CogLMConfig, "vqvae": VQVAEConfig}
+
+# Ours on the left, SwissArmyTransformer's on the right; {} is the layer's number.
+SAT_NAMES = {
+    "token_embedding": "word_embeddings",
+    "position_embedding": "position_embeddings",
+    "final_norm": "final_layernorm",
+    "layers.{}.attention_norm": "layers.{}.input_layernorm",
+    "layers.{}.attention_out_norm": "layers.{}.third_layernorm",
+    "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers.{}.mlp_out_norm": "layers.{}.fourth_layernorm",
+    "layers.{}.attention.qkv": "layers.{}.attention.query_key_value",
+    "layers.{}.attention.out": "layers.{}.attention.dense",
+    "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
+    "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
+}
+
+
+def save_model(path: str | Path, model: nn.Module, config: object, kind: str, dtype: torch.dtype = torch.float16) -> None:
+    """Write a model's weights and configuration as one safetensors file, whole or not at all.
+
+    Args:
+        kind: "coglm" or "vqvae": which configuration class the file carries.
+        dtype: type of the stored floating-point numbers.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
+        for name, value in model.state_dict().items()
+    }
+    part = path.with_name(path.name + ".part")
+    save_file(state, part, metadata={"kind": kind, "config": to_json(config)})
+    os.replace(part, path)
+
+
+def load_weights(path: str | Path, kind: str) -> tuple[object, dict[str, Tensor]]:
+    """Configuration and float32 weights of a file that ``save_model`` wrote.
+
+    Raises:
+        MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MiniCogViewError(f"weight file {path} is missing: install the package again or pass another folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise MiniCogViewError(f"weight file {path} is damaged ({error}): get it again") from None
+    if metadata.get("kind") != kind:
+        raise MiniCogViewError(f"weight file {path} holds {metadata.get('kind')!r}, expected {kind!r}")
+    config = from_json(CONFIG_TYPES[kind], metadata["config"])
+    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Put weights into a model, refusing missing or unexpected names and wrong shapes by name."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        raise MiniCogViewError(
+            f"{source} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, wrong shapes {sorted(shapes)[:5]}"
+        )
+    model.load_state_dict(state)
+
+
+def sat_to_ours(name: str) -> str:
+    """Our name of a SAT transformer parameter, such as ``transformer.layers.3.mlp.dense_h_to_4h.bias``."""
+    body, leaf = name.removeprefix("transformer.").rsplit(".", 1)
+    number = next((part for part in body.split(".") if part.isdigit()), "")
+    pattern = ".".join("{}" if part.isdigit() else part for part in body.split("."))
+    for ours, theirs in SAT_NAMES.items():
+        if theirs == pattern:
+            return f"{ours.format(number)}.{leaf}"
+    raise MiniCogViewError(f"checkpoint parameter {name} is not known: is this a CogView2 checkpoint?")
+
+
+def read_sat(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Open a released checkpoint folder of one model-parallel rank.
+
+    Returns:
+        the sizes from ``model_config.json`` and the ``module`` dictionary with its official names.
+
+    Raises:
+        MiniCogViewError: if a file is missing or unreadable, or the checkpoint has several ranks.
+    """
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / "model_config.json").read_text())
+        iteration = (folder / "latest").read_text().strip()
+        path = folder / iteration / "mp_rank_00_model_states.pt"
+        if (path.parent / "mp_rank_01_model_states.pt").exists():
+            raise MiniCogViewError(f"{path.parent} has several model-parallel ranks: merge them first")
+        module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
+    except MiniCogViewError:
+        raise
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise MiniCogViewError(f"cannot read the checkpoint folder {folder}: {error}".splitlines()[0]) from None
+    return sizes, module
+
+
+def sat_transformer(module: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's part of a SAT ``module`` dictionary under our names (mixins are left out)."""
+    return {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("transformer.")}
+
+
+def sat_config(sizes: dict, ids: SpecialIds, layout: LayoutConfig, n_codes: int) -> CogLMConfig:
+    """Our configuration for the sizes in a SAT ``model_config.json``."""
+    transformer = TransformerConfig(
+        n_layers=sizes["num_layers"],
+        d_model=sizes["hidden_size"],
+        n_heads=sizes["num_attention_heads"],
+        vocab_size=sizes["vocab_size"],
+        max_positions=sizes["max_sequence_length"],
+        norm="sandwich" if sizes.get("layernorm_order") == "sandwich" else "pre",
+    )
+    return CogLMConfig(transformer, layout, ids, n_codes)

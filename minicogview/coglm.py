@@ -1,0 +1,313 @@
+"""CogLM: one transformer that draws a text, captions a picture and fills in what is missing.
+
+The idea: all three are "predict the next token" under different masks (``masking.py``), so one set of weights
+and one loss serve them all, and generating is one loop that fills a sequence from the left.
+CogView2 (arXiv 2204.14217), sections 3.1 and 3.2.
+
+Mirrors: the original's ``coglm_strategy`` and SwissArmyTransformer's ``filling_sequence``: the prompt runs once
+and is shared by all pictures, tokens already known are copied, the last token is never fed back.
+
+Shapes: ``B`` rows of a batch, ``S`` sequence length, ``n`` picture tokens (grid * grid), ``V`` vocabulary.
+
+Different on purpose: the cache is preallocated; texts of several lengths may share a batch (padded on the left);
+classifier-free guidance is available, which the original does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minicogview import masking
+from minicogview.config import CogLMConfig
+from minicogview.errors import MiniCogViewError
+from minicogview.masking import Sample
+from minicogview.sampling import guide, text_attention_weights
+from minicogview.transformer import KVCache, Transformer, attention_bias
+
+Sampler = Callable[[Tensor, int], Tensor]  # (logits (B, V), step) -> (B,) ids
+
+
+@dataclass
+class Batch:
+    """Samples of equal length, stacked. Tasks may be mixed."""
+
+    tokens: Tensor  # (B, S) int64
+    positions: Tensor  # (B, S) int64
+    mask: Tensor  # (B, S, S) bool
+    labels: Tensor  # (B, S) int64
+    loss_mask: Tensor  # (B, S) bool
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack training samples of one length into a batch."""
+    return Batch(**{name: torch.stack([getattr(s, name) for s in samples]) for name in vars(samples[0])})
+
+
+@dataclass
+class Filled:
+    """What ``CogLM.fill`` made."""
+
+    tokens: Tensor  # (B, S) int64
+    scores: Tensor  # (B,) mean log-probability of the generated tokens under the plain model, in nats
+
+
+class CogLM(nn.Module):
+    """The transformer together with what its ids and positions mean."""
+
+    def __init__(self, config: CogLMConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config.transformer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.token_embedding.weight.device
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
+        """Cross entropy in nats, summed over the rows that ``loss_mask`` marks, divided by their number.
+
+        Args:
+            batch: samples of any tasks.
+            targets: (codes, codes) optional; row ``c`` is the distribution that a picture token whose true code
+                is ``c`` should be predicted with. Given, picture tokens are also scored against picture codes
+                alone, as they are when drawing; the original scores them against the whole vocabulary.
+        """
+        hidden = self.transformer(batch.tokens, batch.positions, attention_bias(batch.mask))  # (B, S, D)
+        hidden, labels = hidden[batch.loss_mask], batch.labels[batch.loss_mask]  # (rows, D), (rows,)
+        if targets is None:
+            return F.cross_entropy(self.transformer.logits(hidden).float(), labels)
+        is_code = labels < self.config.n_codes
+        code_logits = self.transformer.logits(hidden[is_code], self.config.n_codes).float()
+        text_logits = self.transformer.logits(hidden[~is_code]).float()
+        total = F.cross_entropy(code_logits, targets[labels[is_code]], reduction="sum")
+        total = total + F.cross_entropy(text_logits, labels[~is_code], reduction="sum")
+        return total / len(labels)
+
+    # --- the one loop behind drawing and filling in -----------------------------------------------------------
+
+    @torch.inference_mode()
+    def fill(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        bias: Tensor,
+        n_context: int,
+        sampler: Sampler,
+        n: int = 1,
+        guidance: float = 1.0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Filled:
+        """Replace every -1 behind the context by a picture token, from left to right.
+
+        Args:
+            tokens, positions: (R, S); -1 is to be generated, everything else stays.
+            bias: (R, 1, S, S) from ``attention_bias``.
+            n_context: length of the part that is known and read in one go.
+            sampler: turns logits over the picture codes into choices.
+            n: rows to make out of a single given row (R = 1).
+            guidance: scale of classifier-free guidance; if not 1, the second half of the rows is the same as
+                the first without its text, and only the first half is returned.
+            on_step: called with the number of tokens done, for progress bars.
+
+        Raises:
+            MiniCogViewError: if ``n`` is not 1 and several rows are given.
+        """
+        rows, length = tokens.shape
+        if n != 1 and rows != 1:
+            raise MiniCogViewError(f"n={n} pictures of one row were asked for, but {rows} rows given: repeat them instead")
+        batch, guided = max(rows, n), guidance != 1.0
+        cache = KVCache(self.config.transformer, batch, length - 1, self.device, self._dtype)
+        hidden = self.transformer(
+            tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
+        )[:, -1]  # (R, D)
+        out = tokens.expand(batch, length).clone()
+        hidden = hidden.expand(batch, -1)
+        # (D, codes), turned once: with rows of the table side by side a product of few rows is twice as fast.
+        head = self.transformer.token_embedding.weight[: self.config.n_codes].t().contiguous()
+        wanted = (tokens[0] < 0).tolist()  # the same columns in every row
+        total, step = torch.zeros(batch, device=self.device), 0
+        for i in range(n_context, length):
+            if wanted[i]:
+                logits = (hidden @ head).float()  # (B, codes)
+                choice, log_p = self._choose(logits, sampler, step, guidance)
+                out[:, i] = choice
+                total += log_p
+                step += 1
+                if on_step is not None:
+                    on_step(step)
+            if i < length - 1:
+                row = self._visible(bias, i)
+                hidden = self.transformer(out[:, i : i + 1], positions[:, i : i + 1], row, cache)[:, -1]
+        keep = batch // 2 if guided else batch
+        return Filled(out[:keep], total[:keep] / max(step, 1))
+
+    def _choose(self, logits: Tensor, sampler: Sampler, step: int, guidance: float) -> tuple[Tensor, Tensor]:
+        """Sampled ids (B,) and their log-probabilities under the plain model."""
+        if guidance == 1.0:
+            choice = sampler(logits, step)
+        else:
+            with_text, without = logits.chunk(2)
+            choice = sampler(guide(with_text, without, guidance), step).repeat(2)
+        chosen = logits.gather(1, choice[:, None])[:, 0]
+        return choice, chosen - logits.logsumexp(-1)
+
+    @staticmethod
+    def _visible(bias: Tensor, i: int) -> Tensor | None:
+        """Row ``i`` of the bias over the keys so far, or None where it changes nothing (the faster path)."""
+        row = bias[:, :, i : i + 1, : i + 1]
+        return row if bool(row.any()) else None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.transformer.token_embedding.weight.dtype
+
+    # --- tasks --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        texts: list[list[int]],
+        sampler: Sampler,
+        n: int = 1,
+        text_weight: float = 0.0,
+        guidance: float = 1.0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Filled:
+        """Draw ``n`` pictures of one text, or one picture of each of several texts.
+
+        Args:
+            texts: token ids of each text, without start tokens; an empty list draws without a text.
+            sampler, guidance, on_step: see ``fill``.
+            text_weight: log attention weight on the text's columns (1.4 in the original).
+
+        Returns:
+            ``tokens`` is (B, n) here: the picture's codes in raster order.
+        """
+        if guidance != 1.0:
+            texts = [text for text in texts for _ in range(n)] if n > 1 else texts
+            texts, n = texts + [[]] * len(texts), 1
+        layout, ids = self.config.layout, self.config.ids
+        for text in texts:
+            self.check_text(text)
+        longest = max(len(text) for text in texts)
+        length = longest + 1 + layout.n_image
+        tokens = torch.full((len(texts), length), -1)
+        positions = torch.zeros(len(texts), length, dtype=torch.long)
+        biases = []
+        for r, text in enumerate(texts):
+            pad = longest - len(text)  # on the left, seen by nobody
+            own_positions, own_mask = masking.inference(len(text), length - pad, layout)
+            tokens[r, : longest + 1] = torch.tensor([ids.pad] * pad + text + [ids.boi])
+            positions[r, pad:] = own_positions
+            mask = torch.zeros(length, length, dtype=torch.bool)
+            mask[pad:, pad:] = own_mask
+            weights = F.pad(text_attention_weights(len(text), length - pad, text_weight), (pad, 0))
+            biases.append(attention_bias(mask, weights))
+        bias = torch.cat(biases).to(self.device)  # (R, 1, S, S)
+        filled = self.fill(
+            tokens.to(self.device), positions.to(self.device), bias, longest + 1, sampler, n, guidance, on_step
+        )
+        return Filled(filled.tokens[:, longest + 1 :], filled.scores)
+
+    def complete(
+        self, text: list[int], picture: Tensor, region: Tensor, sampler: Sampler, n: int = 1, text_weight: float = 0.0
+    ) -> Filled:
+        """Fill a hole in a picture, with text and everything around the hole in view.
+
+        Args:
+            text: token ids. picture: (grid * grid,) codes. region: (grid, grid), 1 = generate anew.
+
+        Returns:
+            ``tokens`` is (n, grid * grid): the whole picture in raster order.
+        """
+        self.check_text(text)
+        sample, n_context = masking.completion(
+            torch.tensor(text, dtype=torch.long), picture.cpu(), region.cpu(), self.config.ids, self.config.layout
+        )
+        bias = attention_bias(sample.mask, text_attention_weights(len(text), len(sample.tokens), text_weight))
+        filled = self.fill(
+            sample.tokens[None].to(self.device),
+            sample.positions[None].to(self.device),
+            bias.to(self.device),
+            n_context,
+            sampler,
+            n,
+        )
+        cells = sample.positions[len(text) + 1 :] - self.config.layout.max_text - 1
+        result = torch.empty(filled.tokens.shape[0], len(cells), dtype=torch.long, device=self.device)
+        result[:, cells] = filled.tokens[:, len(text) + 1 :]
+        return Filled(result, filled.scores)
+
+    @torch.inference_mode()
+    def score_captions(self, pictures: Tensor, texts: list[list[int]], language: int) -> Tensor:
+        """Mean log-probability per token of each text, given its picture.
+
+        Args:
+            pictures: (B, grid * grid) codes, one for each text; or (1, ...): one picture for all the texts,
+                which is then read once and shared.
+            texts: token ids of the B captions. language: their language token.
+
+        Returns:
+            (B,) in nats; higher is likelier.
+        """
+        n, longest = pictures.shape[1], max(len(text) for text in texts)
+        cache = self._read_pictures(pictures, len(texts), longest)
+        padded = torch.full((len(texts), longest + 1), self.config.ids.pad)
+        for r, text in enumerate(texts):
+            padded[r, : len(text) + 1] = torch.tensor([language, *text])
+        padded = padded.to(self.device)
+        mask = torch.ones(longest, n + longest, dtype=torch.bool).tril(diagonal=n)  # pads lie after every target
+        positions = torch.arange(longest, device=self.device)[None]
+        hidden = self.transformer(padded[:, :-1], positions, attention_bias(mask).to(self.device), cache)
+        log_p = self.transformer.logits(hidden).float().log_softmax(-1)  # (B, longest, V)
+        token_scores = log_p.gather(-1, padded[:, 1:, None])[..., 0]
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        real = torch.arange(longest, device=self.device) < lengths[:, None]
+        return (token_scores * real).sum(-1) / lengths
+
+    @torch.inference_mode()
+    def caption(self, picture: Tensor, language: int, end: int, max_tokens: int = 24) -> list[int]:
+        """Describe a picture: the likeliest next text token, again and again, until ``end``.
+
+        Args:
+            picture: (grid * grid,) codes. language: start token. end: id that closes a caption.
+        """
+        cache = self._read_pictures(picture[None], 1, max_tokens)
+        ids = self.config.ids
+        text = [language]
+        while len(text) <= max_tokens:
+            token = torch.tensor([text[-1:]], device=self.device)
+            position = torch.tensor([[len(text) - 1]], device=self.device)
+            logits = self.transformer.logits(self.transformer(token, position, None, cache)[0, -1])
+            logits[: self.config.n_codes] = -torch.inf  # captions are text
+            logits[[ids.pad, ids.boi, ids.boe, ids.boc]] = -torch.inf
+            text.append(int(logits.argmax()))
+            if text[-1] == end:
+                return text[1:-1]
+        return text[1:]
+
+    def _read_pictures(self, pictures: Tensor, batch: int, n_text: int) -> KVCache:
+        """A cache that holds whole pictures (B or 1, n) as context, and room for language token and text."""
+        n = pictures.shape[1]
+        cache = KVCache(self.config.transformer, batch, n + 1 + n_text, self.device, self._dtype)
+        first = self.config.layout.max_text + 1
+        positions = torch.arange(first, first + n, device=self.device)[None]
+        self.transformer(pictures.to(self.device), positions, None, cache)
+        return cache
+
+    def check_text(self, text: list[int]) -> None:
+        """Raise MiniCogViewError if the text has more tokens than there are text positions."""
+        limit = self.config.layout.max_text
+        if len(text) > limit:
+            raise MiniCogViewError(f"text has {len(text)} tokens, at most {limit} fit: shorten it")

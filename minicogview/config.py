@@ -1,0 +1,242 @@
+"""Every size in the system, as frozen dataclasses, and the one dict of presets.
+
+The toy and the released 6B model are the same code with other numbers. A configuration is
+stored beside its weights as JSON (``to_json``) and never guessed from a file's name.
+
+Simplified: only sizes live here. Learning rates and batch sizes belong to the training commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from minicogview.errors import MiniCogViewError
+
+NormOrder = Literal["sandwich", "pre", "post"]
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Picture tokenizer: a convolutional VQ-VAE with three rates and one codebook.
+
+    ``rates`` are pixels per token of level 0, 1, 2. The defaults are the released tokenizer.
+    """
+
+    channels: int = 128
+    encoder_multipliers: tuple[int, ...] = (1, 2, 4)  # level 0 has 2 ** (len - 1) pixels a token
+    encoder_blocks: int = 2  # residual blocks at each encoder resolution
+    codebook_size: int = 20000
+    codebook_dim: int = 256
+    latent_channels: int = 256  # of the encoder's output, before the projection to codebook_dim
+    # Decoder of level 2 first, as in the checkpoint (decoder number 2 - level).
+    decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))
+    n_groups: int = 32  # of GroupNorm
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """Pixels per token at levels 0, 1, 2."""
+        base = 2 ** (len(self.encoder_multipliers) - 1)
+        return tuple(base * 2**level for level in range(len(self.decoder_multipliers)))
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The transformer alone: it knows ids and positions, not what they mean."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    vocab_size: int
+    max_positions: int = 1024
+    norm: NormOrder = "sandwich"
+    pb_relax: float | None = None  # attention scores / this, then minus their maximum, then times it
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise MiniCogViewError(
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: choose sizes that divide"
+            )
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Where text and picture sit in a sequence: positions 0.. text, then start of image, then the grid."""
+
+    max_text: int = 512  # text positions; <start_of_image> has exactly this position
+    grid: int = 20  # tokens along each side of the coarse picture
+    n_patches: int = 20  # patch infilling: how many patches are drawn ...
+    patch_size: int = 4  # ... and their side in tokens
+
+    @property
+    def n_image(self) -> int:
+        """Number of picture tokens, ``grid * grid``."""
+        return self.grid * self.grid
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the tokens that are neither picture nor text (see ``tokenizer.py`` for where they come from)."""
+
+    pad: int
+    boi: int  # <start_of_image>
+    boe: int  # <start_of_english>
+    boc: int  # <start_of_chinese>
+
+
+@dataclass(frozen=True)
+class CogLMConfig:
+    """The first stage: a transformer and what its ids and positions mean."""
+
+    transformer: TransformerConfig
+    layout: LayoutConfig
+    ids: SpecialIds
+    n_codes: int  # picture tokens are the ids 0 .. n_codes - 1
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next picture token is drawn (see ``sampling.py``)."""
+
+    temperature: float = 1.15
+    top_k: int = 16  # clusters that stay in play
+    cluster_temperature: float = 1.0  # second temperature, inside the drawn cluster
+    n_clusters: int = 500
+    text_weight: float = 1.4  # log attention weight added on text columns
+    guidance: float = 1.0  # classifier-free guidance scale; 1 switches it off
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One complete system."""
+
+    name: str
+    vqvae: VQVAEConfig
+    transformer: TransformerConfig
+    layout: LayoutConfig
+    sampling: SamplingConfig
+    n_text_pieces: int  # SentencePiece pieces, without the three special tokens
+    level: int  # which rate of the tokenizer the models use
+    fine_factor: int = 3  # fine grid / coarse grid, each way
+
+    @property
+    def ids(self) -> SpecialIds:
+        """Special ids by the vocabulary's rule: pictures, then text pieces (pad is the fourth), then three more."""
+        first = self.vqvae.codebook_size + self.n_text_pieces
+        return SpecialIds(pad=self.vqvae.codebook_size + 3, boi=first, boe=first + 1, boc=first + 2)
+
+    @property
+    def coglm(self) -> CogLMConfig:
+        """Everything the first stage is built from."""
+        return CogLMConfig(self.transformer, self.layout, self.ids, self.vqvae.codebook_size)
+
+    @property
+    def coarse_pixels(self) -> int:
+        """Side of the picture that stage one draws, in pixels."""
+        return self.layout.grid * self.vqvae.rates[self.level]
+
+    @property
+    def fine_pixels(self) -> int:
+        """Side of the picture after super-resolution, in pixels."""
+        return self.coarse_pixels * self.fine_factor
+
+
+def _preset(
+    name: str,
+    vqvae: VQVAEConfig,
+    layout: LayoutConfig,
+    sampling: SamplingConfig,
+    n_text_pieces: int,
+    level: int,
+    **transformer: Any,
+) -> Preset:
+    """Fill in the sizes that follow from others: vocabulary and, unless given, number of positions."""
+    transformer.setdefault("vocab_size", vqvae.codebook_size + n_text_pieces + 3)
+    transformer.setdefault("max_positions", layout.max_text + 1 + layout.n_image)
+    return Preset(name, vqvae, TransformerConfig(**transformer), layout, sampling, n_text_pieces, level)
+
+
+PRESETS: dict[str, Preset] = {
+    "toy": _preset(
+        "toy",
+        VQVAEConfig(
+            channels=32,
+            encoder_multipliers=(1, 2, 3),
+            encoder_blocks=1,
+            codebook_size=1024,
+            codebook_dim=16,
+            latent_channels=64,
+            decoder_multipliers=((1, 1, 1, 2, 3), (1, 1, 2, 3), (1, 2, 3)),
+            n_groups=8,
+        ),
+        LayoutConfig(max_text=48, grid=8, n_patches=3, patch_size=3),
+        SamplingConfig(temperature=0.7, top_k=16, n_clusters=64, text_weight=0.0, guidance=1.0),
+        n_text_pieces=4500,
+        level=0,
+        n_layers=5,
+        d_model=256,
+        n_heads=4,
+    ),
+    "small": _preset(
+        "small",
+        VQVAEConfig(codebook_size=8192),
+        LayoutConfig(max_text=112, grid=20),
+        SamplingConfig(temperature=1.0, n_clusters=500),
+        n_text_pieces=32000,
+        level=1,
+        n_layers=12,
+        d_model=768,
+        n_heads=12,
+    ),
+    "cogview2": _preset(
+        "cogview2",
+        VQVAEConfig(),
+        LayoutConfig(),
+        SamplingConfig(),
+        n_text_pieces=130000,
+        level=1,
+        n_layers=48,
+        d_model=3072,
+        n_heads=48,
+        max_positions=1024,
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        MiniCogViewError: if there is none of that name; the message lists them.
+    """
+    if name not in PRESETS:
+        raise MiniCogViewError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def to_json(config: Any) -> str:
+    """A configuration dataclass as JSON, to be stored beside its weights."""
+    return json.dumps(dataclasses.asdict(config))
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """``value`` as the type ``kind``: nested dataclasses from dictionaries, tuples from JSON's lists."""
+    if dataclasses.is_dataclass(kind):
+        types = get_type_hints(kind)
+        return kind(**{key: _build(types.get(key), item) for key, item in value.items()})  # type: ignore[operator]
+    return tuple(_build(None, item) for item in value) if isinstance(value, list) else value
+
+
+def from_json(kind: type, text: str) -> Any:
+    """Rebuild a configuration dataclass of type ``kind`` from ``to_json``'s text.
+
+    Raises:
+        MiniCogViewError: on names that ``kind`` does not have, or that it needs and the text lacks.
+    """
+    try:
+        return _build(kind, json.loads(text))
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise MiniCogViewError(f"stored {kind.__name__} does not fit this version: {error}") from None

@@ -1,0 +1,331 @@
+"""One vocabulary for pictures, English and Chinese.
+
+The idea: a transformer that both reads and draws needs one list of ids. Picture codes come first, then
+the SentencePiece pieces of both languages, then three tokens that announce what follows:
+
+    0 .. K-1                  picture codes (K = codebook size)
+    K .. K+P-1                text pieces: SentencePiece piece i has id K + i; <unk> K + 0, <pad> K + 3
+    K+P, K+P+1, K+P+2         <start_of_image>, <start_of_english>, <start_of_chinese>
+
+Mirrors: the original's "icetk" package (CogView2, section 3.1), where K = 20000 and P = 130000, so that the
+special tokens are 150000, 150001 and 150002; English pieces are 20100..83822, Chinese 83823..145652.
+
+Shapes: ``h, w`` tokens down and across a picture, ``H, W`` its pixels.
+
+Different on purpose: our own text models (``training/text.py``) keep every character, spelling unseen ones in
+bytes, and every space. A text model is a protobuf message and picture weights are safetensors: loading either
+runs no code. Simplified: no line-break token; a line break is text like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from minicogview.errors import MiniCogViewError
+
+if TYPE_CHECKING:
+    from minicogview.vqvae import VQVAE
+
+Language = Literal["en", "zh"]
+Picture = str | Path | Image.Image | Tensor
+
+UNK, EOS, PAD = 0, 2, 3  # piece numbers, in the original's model and in ours
+SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
+# The original's text model, known by its sizes, sorts its pieces by language: (K, P) -> first Chinese id.
+FIRST_CHINESE = {(20000, 130000): 83823}
+# Chinese characters, their punctuation and the full-width forms.
+CHINESE = re.compile(
+    "[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+)
+
+
+class Tokenizer:
+    """Text and pictures to ids of one vocabulary, and back.
+
+    Args:
+        text_model: path of a SentencePiece model, or its bytes.
+        codebook_size: number of picture codes, K.
+        vqvae: the picture tokenizer; without it only text can be encoded.
+        level: which of its rates is meant where a call names none (0 is the finest).
+        first_chinese: id of the first Chinese piece, where pieces are sorted by language as in the original
+            (which is known by its sizes); None: a text with a Chinese character is Chinese.
+
+    Raises:
+        MiniCogViewError: if the text model is missing or damaged, or the codebook sizes differ.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> tokenizer = Tokenizer(files("minicogview").joinpath("weights/toy/text.model"), codebook_size=1024)
+        >>> tokenizer.decode(tokenizer.encode("a red apple"))
+        'a red apple'
+        >>> tokenizer.language(tokenizer.encode("红苹果"))
+        'zh'
+    """
+
+    def __init__(
+        self,
+        text_model: str | Path | bytes,
+        codebook_size: int,
+        vqvae: VQVAE | None = None,
+        level: int = 0,
+        first_chinese: int | None = None,
+    ) -> None:
+        if vqvae is not None and vqvae.config.codebook_size != codebook_size:
+            raise MiniCogViewError(
+                f"the picture tokenizer has {vqvae.config.codebook_size} codes, but codebook_size is "
+                f"{codebook_size}: give both the same number"
+            )
+        self.text = load_text_model(text_model)
+        self.codebook_size = codebook_size
+        self.vqvae = vqvae
+        self.level = level
+        self.n_text = self.text.get_piece_size()
+        self.first_chinese = first_chinese or FIRST_CHINESE.get((codebook_size, self.n_text))
+
+    # ---- ids ----
+
+    @property
+    def unk(self) -> int:
+        """Id of <unk>, a piece that the text model does not know."""
+        return self.codebook_size + UNK
+
+    @property
+    def eos(self) -> int:
+        """Id of </s>, which closes the captions that our models write (the original's never end)."""
+        return self.codebook_size + EOS
+
+    @property
+    def pad(self) -> int:
+        """Id of <pad>, which fills up short texts."""
+        return self.codebook_size + PAD
+
+    @property
+    def boi(self) -> int:
+        """Id of <start_of_image>, the first token after the pieces."""
+        return self.codebook_size + self.n_text
+
+    @property
+    def boe(self) -> int:
+        """Id of <start_of_english>."""
+        return self.boi + 1
+
+    @property
+    def boc(self) -> int:
+        """Id of <start_of_chinese>."""
+        return self.boi + 2
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of all ids: picture codes, text pieces and special tokens."""
+        return self.codebook_size + self.n_text + len(SPECIAL_TOKENS)
+
+    def is_picture(self, ids: int | Tensor) -> bool | Tensor:
+        """Which ids are picture codes: a bool for one id, a bool tensor of the same shape for a tensor."""
+        return (ids >= 0) & (ids < self.codebook_size)
+
+    def token(self, id: int) -> str:
+        """How an id is written for a reader: ``picture 17``, ``▁apple``, ``<start_of_image>``."""
+        id = int(id)
+        if not 0 <= id < self.vocab_size:
+            raise MiniCogViewError(f"id {id} is outside the vocabulary: ids are 0..{self.vocab_size - 1}")
+        if id < self.codebook_size:
+            return f"picture {id}"
+        if id < self.boi:
+            return self.text.id_to_piece(id - self.codebook_size)
+        return SPECIAL_TOKENS[id - self.boi]
+
+    # ---- text ----
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Nothing is added: no start token, no padding; an empty text gives an empty list.
+
+        The name of a special token written out in a text stays ordinary text.
+
+        Raises:
+            MiniCogViewError: if the text is not valid Unicode.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MiniCogViewError(
+                f"text {text!a} is not valid Unicode at character {error.start}: give it as UTF-8"
+            ) from None
+        return [self.codebook_size + piece for piece in self.text.encode(text)]
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """Text of ids; <pad> and special tokens are left out.
+
+        Raises:
+            MiniCogViewError: if an id is a picture code or outside the vocabulary.
+        """
+        pieces = []
+        for id in map(int, ids):
+            if not self.codebook_size <= id < self.vocab_size:
+                raise MiniCogViewError(
+                    f"id {id} is no text: text ids are {self.codebook_size}..{self.boi - 1}; "
+                    "picture codes go to decode_picture"
+                )
+            if id < self.boi and id != self.pad:
+                pieces.append(id - self.codebook_size)
+        return self.text.decode(pieces)
+
+    def language(self, ids: Sequence[int] | Tensor) -> Language:
+        """Language of a text given as ids.
+
+        With sorted pieces, English if every id is under ``first_chinese``; else English if the text has no
+        Chinese character. An empty text is English.
+        """
+        if self.first_chinese is not None:
+            return "en" if all(int(id) < self.first_chinese for id in ids) else "zh"
+        return "zh" if CHINESE.search(self.decode(ids)) else "en"
+
+    def language_token(self, ids: Sequence[int] | Tensor) -> int:
+        """The start token of a text's language: what stands before a caption that is to be written."""
+        return self.boe if self.language(ids) == "en" else self.boc
+
+    # ---- pictures ----
+
+    def encode_picture(
+        self, picture: Picture, level: int | None = None, size: int | tuple[int, int] | None = None
+    ) -> Tensor:
+        """Picture codes, int64 (h, w), in reading order when flattened.
+
+        Args:
+            picture: a file, a PIL image (put on white where transparent), or a tensor (3, H, W), float 0..1
+                or uint8.
+            level: rate, 0 the finest; None: the tokenizer's own.
+            size: pixels to resize to, one side or (H, W); None: the picture's own size. Either is rounded to
+                whole tokens, at least one.
+
+        Raises:
+            MiniCogViewError: if the file is missing or no picture, the tensor or the size has a wrong shape,
+                or there is no such level.
+        """
+        vqvae, level = self._picture_half(level)
+        pixels = to_tensor(picture)  # (3, H, W)
+        pixels = _resize(pixels, _whole_tokens(pixels, size, vqvae.config.rates[level]))
+        with torch.no_grad():  # not inference_mode: its tensors cannot be trained on later
+            return vqvae.encode(pixels[None].to(next(vqvae.parameters())), level)[0]  # (h, w)
+
+    def decode_picture(self, codes: Tensor, level: int | None = None) -> Image.Image:
+        """The picture that codes (h, w) stand for, as a PIL image of h * rate rows.
+
+        Raises:
+            MiniCogViewError: if the codes are not (h, w), one is no picture code, or there is no such level.
+        """
+        vqvae, level = self._picture_half(level)
+        if codes.ndim != 2 or codes.numel() == 0:
+            raise MiniCogViewError(f"codes have shape {tuple(codes.shape)}: give one picture as (h, w)")
+        lowest, highest = int(codes.min()), int(codes.max())
+        if lowest < 0 or highest >= self.codebook_size:
+            raise MiniCogViewError(
+                f"ids {lowest}..{highest}: picture codes are 0..{self.codebook_size - 1}, text goes to decode"
+            )
+        with torch.no_grad():
+            return to_pil(vqvae.decode(codes[None].to(next(vqvae.parameters()).device), level)[0])
+
+    def _picture_half(self, level: int | None) -> tuple[VQVAE, int]:
+        """The VQ-VAE and the level to use, or a clear complaint."""
+        if self.vqvae is None:
+            raise MiniCogViewError("this tokenizer has no picture half: make it as Tokenizer(..., vqvae=...)")
+        level = self.level if level is None else level
+        n_levels = len(self.vqvae.config.rates)
+        if not 0 <= level < n_levels:
+            raise MiniCogViewError(f"there is no level {level}: choose 0 (finest) to {n_levels - 1}")
+        return self.vqvae, level
+
+
+# ---- pictures between files, PIL and tensors ----
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """A picture as float32 (3, H, W), 0..1, transparent parts on white.
+
+    Raises:
+        MiniCogViewError: if the file is missing or no picture, or a tensor is not (3, H, W).
+    """
+    if isinstance(picture, Tensor):
+        if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
+            raise MiniCogViewError(f"picture tensor has shape {tuple(picture.shape)}: give (3, H, W)")
+        return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
+    image = picture if isinstance(picture, Image.Image) else _open(Path(picture))
+    if image.mode.startswith("I;16"):  # grey with 16 bits, which convert() would clip to white
+        image = image.point(lambda value: value / 256).convert("L")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return rearrange(flat, "(h w c) -> c h w", h=image.height, w=image.width).float() / 255
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """A picture tensor (3, H, W), 0..1 (values outside are clamped), as a PIL image."""
+    array = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(rearrange(array, "c h w -> h w c").contiguous().numpy())
+
+
+def _open(path: Path) -> Image.Image:
+    """Read a picture file whole, so that a damaged one is noticed here."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise MiniCogViewError(f"picture {path} does not exist: check the path") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MiniCogViewError(f"picture {path} cannot be read ({error}): give a PNG or JPEG file") from None
+    return image
+
+
+def _whole_tokens(pixels: Tensor, size: int | tuple[int, int] | None, rate: int) -> tuple[int, int]:
+    """The size to encode at: what was asked for, or the picture's own, rounded to multiples of ``rate``."""
+    if size is None:
+        size = (pixels.shape[1], pixels.shape[2])
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise MiniCogViewError(f"size {size} is no picture size: give pixels, one side or (H, W)")
+    height, width = (max(1, round(side / rate)) * rate for side in sides)
+    return height, width
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Smoothly resized picture (3, H, W); untouched where the size fits already."""
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    return F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+# ---- the text model ----
+
+
+def load_text_model(model: str | Path | bytes) -> sentencepiece.SentencePieceProcessor:
+    """Read a SentencePiece model from a file or from its bytes.
+
+    Raises:
+        MiniCogViewError: if it is missing, damaged, or has no place for <pad>.
+    """
+    name = "given as bytes" if isinstance(model, bytes) else str(model)
+    try:
+        proto = model if isinstance(model, bytes) else Path(model).read_bytes()
+    except OSError as error:
+        raise MiniCogViewError(
+            f"text model {name} cannot be read ({error.strerror}): check the path, or reinstall minicogview"
+        ) from None
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        loaded = bool(proto) and processor.LoadFromSerializedProto(proto)
+    except RuntimeError:
+        loaded = False
+    if not loaded or processor.get_piece_size() <= PAD:
+        raise MiniCogViewError(
+            f"text model {name} is damaged or no SentencePiece model: copy it again, or reinstall minicogview"
+        )
+    return processor

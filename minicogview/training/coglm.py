@@ -1,0 +1,211 @@
+"""What CogLM learns from: captions and coarse pictures, cut into samples of four tasks and mixed in a batch.
+
+The idea: every sample is (text, picture); the task decides the mask (``masking.py``). Three tasks are the
+original's (draw, caption with patch infilling, text spans); ``complete`` trains with the mask that editing uses,
+which the original met for the first time at inference. CogView2 (arXiv 2204.14217), section 3.1.
+
+The original never published this part. Ours adds what made a small model draw what it was not shown:
+token embeddings that start from the codebook, input codes replaced at random (so that the text is trusted more
+than the last tokens), targets spread over neighbouring codes, and captions left out now and then.
+
+Shapes: ``S`` sequence length, ``n`` picture tokens, ``K`` codebook size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minicogview import masking
+from minicogview.coglm import Batch, CogLM, collate
+from minicogview.masking import Sample
+from minicogview.tokenizer import Tokenizer
+
+TASKS = ("draw", "caption", "complete", "text")
+LANGUAGES = ("en", "zh")
+
+
+@dataclass(frozen=True)
+class CogLMData:
+    """Everything there is to learn from.
+
+    ``describe(i, language, rng)`` gives a caption of picture ``i``, a different one each time if it likes.
+    """
+
+    codes: Tensor  # (N, n) int64, coarse picture tokens
+    describe: Callable[[int, str, random.Random], str]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class CogLMRecipe:
+    """How samples are made. Shares and rates are between 0 and 1."""
+
+    batch_size: int = 64
+    shares: tuple[float, ...] = (0.66, 0.15, 0.12, 0.07)  # of TASKS
+    no_caption: float = 0.1  # drawn without a text, for classifier-free guidance
+    max_noise: float = 0.25  # each sample's share of replaced input codes is uniform up to this
+    foreign: float = 0.3  # of the replaced codes: any code; the others: a neighbour in the codebook
+    spread: float = 0.1  # of each target given to neighbouring codes
+    n_neighbours: int = 8
+    seed: int = 0
+
+
+def neighbours(codebook: Tensor, count: int) -> Tensor:
+    """(K, count) ids of the nearest other codes of each code."""
+    distances = torch.cdist(codebook, codebook).fill_diagonal_(torch.inf)
+    return distances.topk(count, largest=False).indices
+
+
+def spread_targets(codebook: Tensor, spread: float, count: int) -> Tensor:
+    """(K, K) target distributions: ``1 - spread`` on the true code, the rest on its neighbours by closeness."""
+    near = neighbours(codebook, count)
+    squared = (codebook[:, None] - codebook[near]).square().sum(-1)  # (K, count)
+    weights = (-squared / squared.mean(-1, keepdim=True).clamp_min(1e-12)).softmax(-1)
+    targets = torch.eye(len(codebook)) * (1 - spread)
+    return targets.scatter_add_(1, near, spread * weights)
+
+
+def embed_codebook(model: CogLM, codebook: Tensor, generator: torch.Generator) -> None:
+    """Start the picture rows of the token table as a random rotation of the codebook: near codes look alike."""
+    table = model.transformer.token_embedding.weight
+    centred = codebook - codebook.mean(0)
+    rotation = torch.randn(codebook.shape[1], table.shape[1], generator=generator)
+    rows = centred @ rotation
+    with torch.no_grad():
+        table[: len(codebook)] = 0.02 * (rows / rows.std() + 0.3 * torch.randn(rows.shape, generator=generator))
+
+
+class CogLMObjective:
+    """Draws batches that depend on (seed, step) alone, and computes their loss. See ``training.fit``."""
+
+    def __init__(
+        self,
+        model: CogLM,
+        data: CogLMData,
+        codebook: Tensor,
+        recipe: CogLMRecipe,
+        validate: Callable[[CogLM], dict[str, float]] | None = None,
+    ):
+        self.model, self.data, self.recipe = model, data, recipe
+        self.near = neighbours(codebook, recipe.n_neighbours)
+        self.targets = spread_targets(codebook, recipe.spread, recipe.n_neighbours)
+        self._validate = validate
+        self._group = lru_cache(maxsize=1)(self._make_group)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of batch ``step`` in nats per predicted token."""
+        device = self.model.device
+        batch = self.batch(step).to(device)
+        loss = self.model.loss(batch, self.targets.to(device))
+        return loss, {"samples": len(batch.tokens), "tokens": batch.tokens.numel()}
+
+    def validate(self) -> dict[str, float]:
+        """Whatever was handed in to judge the model by; nothing by default."""
+        return self._validate(self.model) if self._validate else {}
+
+    # --- batches ------------------------------------------------------------------------------------------
+
+    GROUP = 8  # batches that are drawn together and sorted by length, to save padding
+
+    def batch(self, step: int) -> Batch:
+        """Batch number ``step``: all samples have the length that its longest text needs."""
+        picks = self._group(step // self.GROUP)[step % self.GROUP]
+        rng = np.random.default_rng((self.recipe.seed, step))
+        length = max(self._length(task, text) for _, task, _, text in picks)
+        return collate([self._sample(*pick, length, rng) for pick in picks])
+
+    def _make_group(self, group: int) -> list[list[tuple[int, str, str, list[int]]]]:
+        """(picture, task, language, text ids) of ``GROUP`` batches, each of texts of similar length."""
+        recipe, size = self.recipe, self.recipe.batch_size * self.GROUP
+        rng = random.Random(f"{recipe.seed}/{group}")
+        picks = []
+        for number in range(group * size, (group + 1) * size):
+            picture = self._shuffled(number // len(self.data.codes))[number % len(self.data.codes)]
+            task = rng.choices(TASKS, recipe.shares)[0]
+            language = rng.choice(LANGUAGES)
+            picks.append((picture, task, language, self._text(picture, task, language, rng)))
+        picks.sort(key=lambda pick: self._length(pick[1], pick[3]))
+        batches = [picks[i : i + recipe.batch_size] for i in range(0, size, recipe.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    @lru_cache(maxsize=2)  # noqa: B019 (an objective lives as long as its training)
+    def _shuffled(self, epoch: int) -> list[int]:
+        return np.random.default_rng((self.recipe.seed, 7, epoch)).permutation(len(self.data.codes)).tolist()
+
+    def _length(self, task: str, text: list[int]) -> int:
+        """Tokens that a sample needs; all tasks but "text" have a picture, and a start token before something."""
+        return len(text) if task == "text" else len(text) + 1 + self.data.codes.shape[1]
+
+    def _text(self, picture: int, task: str, language: str, rng: random.Random) -> list[int]:
+        """Token ids: a caption (closed by </s> where it is to be predicted), or several in a row."""
+        limit, encode = self.model.config.layout.max_text, self.data.tokenizer.encode
+        if task == "draw" and rng.random() < self.recipe.no_caption:
+            return []
+        text = encode(self.data.describe(picture, language, rng))
+        if task == "text":
+            while len(text) < limit:
+                other = rng.randrange(len(self.data.codes))
+                text += [self.data.tokenizer.eos, *encode(self.data.describe(other, rng.choice(LANGUAGES), rng))]
+        if task == "caption":
+            text = [*text[: limit - 2], self.data.tokenizer.eos]  # its language token takes a position too
+        return text[:limit]
+
+    def _sample(
+        self, picture: int, task: str, language: str, text: list[int], length: int, rng: np.random.Generator
+    ) -> Sample:
+        layout, ids = self.model.config.layout, self.model.config.ids
+        codes = self.data.codes[picture]
+        seeded = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        words = torch.tensor(text, dtype=torch.long)
+        if task == "text":
+            sample = masking.text_spans(words, masking.draw_spans(seeded, len(words)))
+            return masking.pad_right(sample, length, ids.pad)
+        if task == "complete":
+            sample = masking.completion_training(words, codes, draw_region(layout.grid, rng), ids, layout)
+            sample = masking.pad_right(sample, length, ids.pad)
+        else:
+            pads = torch.full((length - len(text) - layout.n_image,), ids.pad)
+            raw = torch.cat([words, pads, codes])
+            if task == "draw":
+                sample = masking.text_to_image(raw, ids, layout)
+            else:
+                # Half of the pictures are left whole: that is how captions are scored and written.
+                corners = masking.draw_patches(seeded, layout) if rng.random() < 0.5 else []
+                start = ids.boe if language == "en" else ids.boc
+                sample = masking.image_to_text(raw, ids, layout, [start], corners)
+        self._add_noise(sample, rng)
+        return sample
+
+    def _add_noise(self, sample: Sample, rng: np.random.Generator) -> None:
+        """Replace some input codes, in place; what is to be predicted stays as it was."""
+        recipe, tokens = self.recipe, sample.tokens.numpy()
+        rate = rng.uniform(0, recipe.max_noise)
+        hit = (tokens < self.model.config.n_codes) & (rng.random(len(tokens)) < rate)
+        near = self.near.numpy()[tokens[hit], rng.integers(recipe.n_neighbours, size=hit.sum())]
+        foreign = rng.integers(self.model.config.n_codes, size=hit.sum())
+        tokens[hit] = np.where(rng.random(hit.sum()) < recipe.foreign, foreign, near)
+
+
+def draw_region(grid: int, rng: np.random.Generator) -> Tensor:
+    """A random hole (grid, grid): half of the picture, a box, or scattered cells. 1 = generate anew."""
+    region = np.zeros((grid, grid), dtype=bool)
+    kind = rng.integers(3)
+    if kind == 0:
+        region[grid // 2 :] = True
+        region = np.rot90(region, rng.integers(4)).copy()
+    elif kind == 1:
+        height, width = rng.integers(grid // 4, grid, size=2)
+        top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
+        region[top : top + height, left : left + width] = True
+    else:
+        region = rng.random((grid, grid)) < rng.uniform(0.1, 0.9)
+        region[grid // 2, grid // 2] = True  # never empty
+    return torch.from_numpy(region)

@@ -1,0 +1,278 @@
+"""Train the picture tokenizer: rebuild the picture through the codebook, and move the codebook after the encoder.
+
+The loss is the difference between picture and reconstruction (absolute plus squared) and the commitment of the
+encoder to the rows it chose. The codebook itself gets no gradient: every row is a moving average of the
+vectors that chose it, and a row that nothing chooses any more is moved to a place where the codebook
+serves badly (van den Oord et al. 2017, appendix A.1; dead codes as in Jukebox, section 3.1).
+
+Training has two parts, so that codes stay what they are once other models learn them: ``levels=(0,)`` trains
+encoder, codebook and the finest decoder; ``levels=(1, 2)`` freezes these and trains the rest.
+
+Shapes: B pictures, M vectors in a batch, K codebook rows, C their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minicogview.checkpoint import load_vqvae, save_model
+from minicogview.config import get_preset
+from minicogview.metrics import perplexity, tokenizer_psnr
+from minicogview.training.loop import fit
+from minicogview.vqvae import VQVAE
+
+COMMITMENT = 0.25  # weight of the commitment loss
+SIZES = (32, 96)  # pixels a side, taken in turn
+
+
+class CodebookLearner:
+    """Keeps the codebook in the middle of the vectors that choose it.
+
+    ``counts`` (K,) and ``sums`` (K, C) are moving averages, per step, of how many vectors chose a row and of
+    their sum.
+    """
+
+    def __init__(self, codebook: nn.Parameter, decay: float = 0.99, dead_below: float = 0.03) -> None:
+        self.codebook, self.decay, self.dead_below = codebook, decay, dead_below
+        self.counts = torch.ones(len(codebook), device=codebook.device)
+        self.sums = codebook.detach().clone()
+
+    @torch.no_grad()
+    def place(self, z: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
+        """Start by k-means on the vectors z (M, C), seeded with the k-means++ rule in large steps."""
+        size = len(self.codebook)
+        centres = z[torch.randint(len(z), (1,), generator=generator)]
+        while len(centres) < size:
+            n_new = min(max(len(centres) // 2, 1), size - len(centres))
+            centres = torch.cat([centres, z[_far_from(centres, z, n_new, generator)]])
+        for _ in range(rounds):
+            codes = torch.cdist(z, centres).argmin(1)
+            counts, sums = _tally(codes, z, size)
+            centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+        self.codebook.copy_(centres)
+        self.counts.fill_(1.0)
+        self.sums.copy_(centres)
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, z: Tensor) -> None:
+        """Move the rows towards the vectors z (M, C) that chose them by codes (M,)."""
+        counts, sums = _tally(codes, z, len(self.codebook))
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.codebook.copy_(self.sums / self.counts.clamp_min(1e-3)[:, None])
+
+    @torch.no_grad()
+    def revive(self, z: Tensor, generator: torch.Generator) -> int:
+        """Move rows that are hardly chosen onto vectors of z (M, C) that lie far from every row; how many."""
+        dead = (self.counts < self.dead_below).nonzero()[:, 0]
+        n = min(len(dead), len(z) // 8)
+        if n:
+            dead = dead[:n]
+            self.codebook[dead] = z[_far_from(self.codebook, z, n, generator)]
+            self.counts[dead] = 1.0  # as if chosen once a step: time to win vectors before it counts as dead
+            self.sums[dead] = self.codebook[dead]
+        return n
+
+
+def _tally(codes: Tensor, z: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Number (K,) and sum (K, C) of the vectors of each code."""
+    counts = torch.bincount(codes, minlength=size).to(z.dtype)
+    return counts, torch.zeros(size, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, codes, z)
+
+
+def _far_from(rows: Tensor, z: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Numbers (n,) of vectors drawn in proportion to the squared distance to the nearest row.
+
+    Drawn evenly, most would show the same plain background and crowd the codebook there.
+    """
+    distance = torch.cdist(z, rows).amin(1).pow(2)
+    return torch.multinomial(distance + 1e-12, n, generator=generator)
+
+
+class TokenizerObjective:
+    """What ``training.loop.fit`` needs to train the tokenizer on emoji.
+
+    Args:
+        model: trained in place.
+        levels: (0,), or the coarser ones with everything that level 0 uses frozen.
+        batch_pixels: about how many pixels a step sees, whatever the size of its pictures.
+        warm_up: steps without the codebook, before k-means places it.
+        revive_until: the step after which the codebook's rows stay where they are needed.
+    """
+
+    def __init__(
+        self,
+        model: VQVAE,
+        pictures: dict[int, Tensor],
+        levels: Sequence[int] = (0,),
+        batch_pixels: int = 36864,
+        revive_until: int = 3000,
+        warm_up: int = 150,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.pictures, self.levels = model, pictures, tuple(levels)
+        self.batch_pixels, self.revive_until, self.seed = batch_pixels, revive_until, seed
+        self.warm_up = warm_up
+        self.learner = CodebookLearner(model.quantizer.codebook)
+        self.frozen = 0 not in self.levels
+        freeze_other_levels(model, self.levels)
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def batch(self, step: int) -> Tensor:
+        """Pictures (B, 3, S, S) in 0..1 of a step, half of them mirrored; always the same for one seed and step."""
+        generator = self._generator(step)
+        size = list(self.pictures)[step % len(self.pictures)]
+        pixels = self.pictures[size]  # (N, 3, S, S) uint8
+        rows = torch.randint(len(pixels), (max(1, self.batch_pixels // size**2),), generator=generator)
+        pictures = pixels[rows].float() / 255
+        mirrored = torch.rand(len(rows), generator=generator) < 0.5
+        pictures = torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures)
+        return pictures.to(self.learner.codebook.device).contiguous(memory_format=torch.channels_last)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the step's own batch, and numbers to show."""
+        quantise = self.frozen or step >= self.warm_up
+        if step == self.warm_up and not self.frozen:
+            self._place_codebook(step)
+        pictures = self.batch(step)
+        target = self.model.normalise(pictures)
+        total = target.new_zeros(())
+        logs: dict[str, float] = {}
+        for level, features in self._features(pictures):
+            rows, commitment, codes = self._quantise(features, quantise)
+            output = self.model.decoder(level)(rows).float()
+            total = total + F.l1_loss(output, target) + F.mse_loss(output, target) + COMMITMENT * commitment
+            error = (self.model.denormalise(output.detach()).clamp(0, 1) - pictures).pow(2).mean()
+            logs[f"psnr{pictures.shape[-1]}_level{level}"] = float(-10 * error.log10())
+            logs["perplexity"] = perplexity(codes, len(self.learner.codebook))
+        return total, logs
+
+    def after_step(self, step: int) -> None:
+        """Let the codebook follow the encoder."""
+        if self._seen is None or self.frozen:
+            return
+        codes, z = self._seen
+        self.learner.update(codes, z)
+        if step % 10 == 0 and step < self.revive_until:
+            self.learner.revive(z, self._generator(step))
+
+    def validate(self) -> dict[str, float]:
+        """PSNR in dB on characters that training never sees."""
+        numbers = {}
+        for size in self.pictures:
+            for level in self.levels:
+                numbers[f"heldout_psnr{size}_level{level}"] = tokenizer_psnr(self.model, size, level=level)["psnr"]
+        self.model.train()
+        return numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the codebook needs to go on exactly."""
+        return {"counts": self.learner.counts, "sums": self.learner.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of ``state_dict``."""
+        self.learner.counts.copy_(state["counts"])
+        self.learner.sums.copy_(state["sums"])
+
+    def _features(self, pictures: Tensor) -> list[tuple[int, Tensor]]:
+        """(level, features) of the levels in training; the frozen encoder keeps no graph."""
+        with torch.set_grad_enabled(not self.frozen):
+            x = self.model.features(pictures, 0)
+        features = []
+        for level in range(max(self.levels) + 1):
+            if level > 0:
+                x = self.model.halvers[level - 1](x)
+            if level in self.levels:
+                features.append((level, x))
+        return features
+
+    def _quantise(self, features: Tensor, quantise: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``Quantizer.forward``; keeps codes and vectors for ``after_step``; in the warm-up nothing is rounded."""
+        z = self.model.quantizer.project(features)
+        if not quantise:
+            return z, z.new_zeros(()), torch.zeros(1, dtype=torch.long)
+        rows, commitment, codes = self.model.quantizer.straight_through(z)
+        self._seen = codes.flatten(), rearrange(z.detach().float(), "b c h w -> (b h w) c")
+        return rows, commitment, codes
+
+    @torch.no_grad()
+    def _place_codebook(self, step: int) -> None:
+        vectors = []
+        for offset in range(8):
+            features = self.model.features(self.batch(step + offset), 0)
+            vectors.append(rearrange(self.model.quantizer.project(features).float(), "b c h w -> (b h w) c"))
+        self.learner.place(torch.cat(vectors), self._generator(step))
+
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+
+def freeze_other_levels(model: VQVAE, levels: Sequence[int]) -> None:
+    """Let only what these levels need learn: all that level 0 uses stands still unless 0 is among them."""
+    trained: list[nn.Module] = [model.decoder(level) for level in levels]
+    trained += [model.halvers[level - 1] for level in range(1, max(levels) + 1)]
+    if 0 in levels:
+        trained += [model.encoder, model.quantizer.project]
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def training_pictures(sizes: Sequence[int] = SIZES) -> dict[int, Tensor]:
+    """Emoji (N, 3, S, S) uint8 by size, without the characters that judge the tokenizer."""
+    from minicogview.data.emoji import indices, load_emoji, render
+
+    left_out = set(indices(load_emoji("tokenizer_heldout")).tolist())
+    rows = [row for row in range(len(load_emoji("all"))) if row not in left_out]
+    return {size: rearrange(torch.from_numpy(render(size)[rows]), "n h w c -> n c h w") for size in sizes}
+
+
+def train(
+    out_dir: str | Path,
+    *,
+    steps: int = 4000,
+    coarse_steps: int = 1200,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+    start_from: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train the toy's tokenizer on emoji and write ``out_dir/vqvae.safetensors``.
+
+    Level 0 first (about 0.25 s a step on one core), then the coarser levels with everything of level 0 frozen.
+    A killed run goes on where it stood.
+
+    Args:
+        steps, coarse_steps: updates of the two parts; 0 leaves a part out.
+        lr: highest learning rate of both parts.
+        start_from: a weight file to go on from, for example to train the coarser levels alone.
+        options: further arguments of ``training.fit``.
+
+    Returns:
+        ``weights`` (path) and the PSNR in dB on characters that training never saw, as ``tokenizer_psnr`` gives it.
+
+    Raises:
+        MiniCogViewError: for an unusable folder or weight file, or a loss that is not finite.
+    """
+    torch.manual_seed(seed)
+    config = get_preset("toy").vqvae
+    model = VQVAE(config) if start_from is None else load_vqvae(start_from)
+    model = model.to(memory_format=torch.channels_last)  # the faster order for convolutions on a CPU
+    pictures = training_pictures()
+    for name, levels, n in (("level0", (0,), steps), ("coarse", (1, 2), coarse_steps)):
+        if n:
+            objective = TokenizerObjective(model, pictures, levels, revive_until=int(0.65 * n), seed=seed)
+            settings = {"precision": "bf16", "betas": (0.9, 0.99), "weight_decay": 1e-4, "ema_decay": 0.998}
+            fit(objective, Path(out_dir) / name, steps=n, lr=lr, progress=progress, **(settings | options))
+    path = Path(out_dir) / "vqvae.safetensors"
+    save_model(path, model, config, kind="vqvae")
+    shipped = load_vqvae(path)
+    return {"weights": str(path), **{f"{s}px": tokenizer_psnr(shipped, s) for s in SIZES}}

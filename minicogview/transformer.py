@@ -1,0 +1,252 @@
+"""The transformer of CogView2: sandwich LayerNorm, optional PB-relax, and a preallocated KV cache.
+
+The idea: every residual branch is normalised twice, once before it (as in pre-LN) and once after it, so that
+no branch can add large values to the residual stream and half precision does not overflow. CogView (Ding et
+al. 2021, arXiv 2105.13290, section 2.3) introduced it together with PB-relax, which keeps the attention
+scores small for the same reason. CogView2 (arXiv 2204.14217) reuses the block unchanged.
+
+Mirrors: SwissArmyTransformer 0.2.1, ``model/transformer.py`` with ``layernorm_order="sandwich"``.
+
+Shapes: ``B`` batch, ``T`` query tokens, ``S`` key tokens (cached ones included), ``D`` model width,
+``N`` heads, ``H`` head size, ``V`` vocabulary rows.
+
+Different on purpose: the KV cache is written in place instead of concatenated anew at each token; a masked
+score becomes ``score - 10000`` instead of exactly ``-10000``, which only a fully masked row could tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minicogview.config import TransformerConfig
+from minicogview.errors import MiniCogViewError
+
+MASKED = -10000.0  # finite, so that even a row that may see nothing stays free of NaN
+
+
+def attention_bias(mask: Tensor, log_weights: Tensor | None = None) -> Tensor:
+    """Turn "who may look at whom" into numbers that are added to the attention scores.
+
+    Args:
+        mask: (..., T, S), 1 or True where the query row may look at the key column.
+        log_weights: (S,) or (..., T, S), added where looking is allowed: CogView2 puts 1.4 on the text
+            columns, which multiplies the text's share of attention by up to ``exp(1.4)``.
+
+    Returns:
+        (B, 1, T, S) float32; a two-dimensional mask gives B = 1.
+    """
+    allowed = mask.bool()
+    bias = torch.zeros(allowed.shape, device=mask.device)
+    if log_weights is not None:
+        bias = bias + log_weights
+    bias = bias.masked_fill(~allowed, MASKED)
+    return bias.reshape(-1, 1, *bias.shape[-2:])
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once for the longest sequence and filled from the left.
+
+    Args:
+        config: the transformer's sizes.
+        batch: rows that will be generated side by side.
+        max_len: the most tokens that a row will ever hold.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        heads, size = config.n_heads, config.d_model // config.n_heads
+        shape = (config.n_layers, batch, heads, max_len, size)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, N, S, H)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``k, v`` (B or 1, N, T, H) behind what is there; return all keys and values so far.
+
+        A batch of one is shared by all rows: that is how one prompt serves many pictures.
+        """
+        end = self.length + k.shape[2]
+        if end > self.k.shape[3]:
+            raise MiniCogViewError(f"KV cache holds {self.k.shape[3]} tokens, {end} were given: allocate a longer one")
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        rows = k.shape[0]
+        return self.k[layer, :rows, :, :end], self.v[layer, :rows, :, :end]
+
+
+@dataclass
+class Record:
+    """Fill me: hand one to ``Transformer.forward`` to get what happened inside."""
+
+    hidden: list[Tensor] = field(default_factory=list)  # residual stream after each layer, (B, T, D)
+    maps: list[Tensor] = field(default_factory=list)  # attention of each layer, (B, N, T, S)
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, pb_relax: float | None = None) -> Tensor:
+    """Softmax attention weights, written out.
+
+    PB-relax ("precision bottleneck relaxation") computes the same numbers from smaller ones: the scores are
+    divided by ``pb_relax``, their row maximum is subtracted, and only then are they multiplied back.
+
+    Args:
+        q: (B, N, T, H). k: (B, N, S, H). bias: (B, 1, T, S) or None.
+
+    Returns:
+        (B, N, T, S), rows sum to 1.
+    """
+    relax = pb_relax or 1.0
+    scores = (q / (math.sqrt(q.shape[-1]) * relax)) @ k.transpose(-1, -2)  # (B, N, T, S)
+    if bias is not None:
+        scores = scores + bias / relax
+    if pb_relax:
+        scores = (scores - scores.amax(-1, keepdim=True).detach()) * relax
+    return scores.softmax(-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one joint projection whose output is [q | k | v]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.n_heads, self.pb_relax = config.n_heads, config.pb_relax
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None, layer: int, cache: KVCache | None, record: Record | None
+    ) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b t (three n h) -> three b n t h", three=3, n=self.n_heads)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        # On a CPU the fused backward pass took three times as long as the plain one at the toy's sizes.
+        plain = record is not None or self.pb_relax is not None or (x.device.type == "cpu" and x.requires_grad)
+        if not plain:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        else:
+            weights = attention_weights(q, k, bias, self.pb_relax)
+            y = weights.to(v.dtype) @ v
+            if record is not None:
+                record.maps.append(weights)
+        return self.out(rearrange(y, "b n t h -> b t (n h)"))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU in its tanh form."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.up = nn.Linear(config.d_model, 4 * config.d_model)
+        self.down = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer. The order of its norms is what ``config.norm`` chooses:
+
+    sandwich  x + LN(Attn(LN(x)))      pre  x + Attn(LN(x))      post  LN(x + Attn(x))
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm_order = config.norm
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+        self.attention_norm = nn.LayerNorm(config.d_model)  # before the branch; after the sum in post-LN
+        self.mlp_norm = nn.LayerNorm(config.d_model)
+        if config.norm == "sandwich":
+            self.attention_out_norm = nn.LayerNorm(config.d_model)
+            self.mlp_out_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None, layer: int, cache: KVCache | None, record: Record | None
+    ) -> Tensor:
+        if self.norm_order == "post":
+            x = self.attention_norm(x + self.dropout(self.attention(x, bias, layer, cache, record)))
+            return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        branch = self.attention(self.attention_norm(x), bias, layer, cache, record)
+        if self.norm_order == "sandwich":
+            branch = self.attention_out_norm(branch)
+        x = x + self.dropout(branch)
+        branch = self.mlp(self.mlp_norm(x))
+        if self.norm_order == "sandwich":
+            branch = self.mlp_out_norm(branch)
+        return x + self.dropout(branch)
+
+
+class Transformer(nn.Module):
+    """Token and position tables, the layers, a final norm; the output table is the token table.
+
+    Example:
+        >>> model = Transformer(TransformerConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=50))
+        >>> hidden = model(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]))
+        >>> model.logits(hidden).shape
+        torch.Size([1, 3, 50])
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.max_positions, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.d_model)
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        """Normal(0.02); the last matrix of each branch is smaller by sqrt(2 * layers), as in GPT-2."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        scale = 0.02 / math.sqrt(2 * self.config.n_layers)
+        if isinstance(module, Attention):
+            nn.init.normal_(module.out.weight, std=scale)
+        if isinstance(module, MLP):
+            nn.init.normal_(module.down.weight, std=scale)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        bias: Tensor | None = None,
+        cache: KVCache | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Run the layers.
+
+        Args:
+            tokens, positions: (B, T) int64; positions may be (1, T).
+            bias: (B or 1, 1, T, S) from ``attention_bias``; None lets every token look at every token.
+            cache: keys and values of earlier tokens, extended by these ones.
+            record: filled with hidden states and attention maps (slower: the weights are materialised).
+
+        Returns:
+            (B, T, D) after the final norm.
+        """
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, D)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, bias, i, cache, record)
+            if record is not None:
+                record.hidden.append(x)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.final_norm(x)
+
+    def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
+        """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""
+        return F.linear(hidden, self.token_embedding.weight[:n_rows])

@@ -1,0 +1,20 @@
+"""What all tests share. Importing this file must stay cheap: it runs before every test file."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch is imported: two threads of one process wait for one another when pytest-xdist fills the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make property tests repeatable: the same examples in every run, and no limit on the time of one."""
+    try:
+        from hypothesis import settings
+    except ModuleNotFoundError:  # only some test files need it
+        return
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.load_profile("repeatable")

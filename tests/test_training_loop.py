@@ -1,0 +1,230 @@
+"""The training loop: it learns, it resumes exactly, and it says clearly what is wrong with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minicogview.errors import MiniCogViewError
+from minicogview.training.loop import fit, learning_rate, make_optimizer
+from minicogview.training.resume import EMA
+
+SETTINGS = {"steps": 40, "lr": 1e-2, "warmup": 5, "log_every": 4, "progress": False, "device": "cpu"}
+
+
+class Regression:
+    """A small noisy regression with dropout (so that the random state matters) and state of its own."""
+
+    def __init__(self, width: int = 32, pause: float = 0.0) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(0.2), nn.Linear(width, 1)]
+        self.model = nn.Sequential(*layers)
+        self.pause, self.seen, self.validated = pause, torch.zeros(()), 0
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step))
+        return x, x[:, :1] * x[:, 1:2]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        time.sleep(self.pause)
+        x, y = self.batch(step)
+        loss = (self.model(x) - y).square().mean()
+        return loss, {"samples": len(x), "rmse": loss.detach().sqrt()}
+
+    def after_step(self, step: int) -> None:
+        self.seen += step
+
+    def validate(self) -> dict[str, float]:
+        assert not self.model.training and not torch.is_grad_enabled()
+        torch.rand(3)  # must not disturb training
+        self.validated += 1
+        x, y = self.batch(10**6)
+        return {"mse": (self.model(x) - y).square().mean().item()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.seen = state["seen"]
+
+
+def run(folder: Path, **changes: object) -> tuple[Regression, dict]:
+    objective = Regression(pause=float(changes.pop("pause", 0.0)))
+    return objective, fit(objective, folder, **(SETTINGS | {"save_every": 5} | changes))
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    for (name, one), other in zip(a.state_dict().items(), b.state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_learns_and_reports(tmp_path):
+    objective, summary = run(tmp_path, steps=300, validate_every=100, ema_decay=0.98)
+    assert summary["finished"] and summary["step"] == 300 and summary["start"] == 0
+    assert objective.validated == 3
+    log = read_log(tmp_path)
+    losses = [line["train/loss"] for line in log if "train/loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert log[0]["train/samples_per_s"] > 0 and log[0]["train/rmse"] > 0
+    # The model is left with the averaged weights, those that were validated.
+    objective.model.eval()
+    with torch.no_grad():
+        assert objective.validate()["mse"] == summary["validation"]["mse"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_after_time_limit_is_exact(tmp_path, precision):
+    whole, _ = run(tmp_path / "whole", precision=precision, validate_every=7)
+    for _ in range(SETTINGS["steps"]):  # every call does at least one step, then runs out of time
+        parts, summary = run(tmp_path / "parts", precision=precision, max_seconds=0.0)
+        torch.rand(5)  # the random state must come from the checkpoint
+    assert summary["finished"] and summary["start"] == SETTINGS["steps"] - 1
+    assert_same_weights(whole.model, parts.model)
+    assert torch.equal(whole.seen, parts.seen)
+    again, summary = run(tmp_path / "parts", precision=precision)  # a finished run gives its weights at once
+    assert summary["start"] == SETTINGS["steps"] and summary["finished"]
+    assert_same_weights(whole.model, again.model)
+
+
+def test_resume_after_sigkill_is_exact(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    process = subprocess.Popen([sys.executable, __file__, str(killed)], env=environment)
+    deadline = time.monotonic() + 120
+    while not (killed / "log.jsonl").exists() or len(read_log(killed)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(killed / "log.jsonl", "a") as file:
+        file.write('{"step": 13, "tra')  # as a kill within a write leaves it
+    (killed / "checkpoint.tmp").write_bytes(b"half a checkpoint")
+
+    resumed, summary = run(killed)
+    assert 0 < summary["start"] < SETTINGS["steps"] and summary["start"] % 5 == 0
+    assert_same_weights(whole.model, resumed.model)
+    steps = [line["step"] for line in read_log(killed)]
+    assert steps == sorted(set(steps)) and steps[-1] == SETTINGS["steps"]
+
+
+def test_damaged_checkpoint(tmp_path):
+    run(tmp_path, steps=6)
+    path = tmp_path / "checkpoint.pt"
+    good = path.read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :]
+    for bad in (b"", b"not a checkpoint", good[:middle], flipped):
+        path.write_bytes(bad)
+        with pytest.raises(MiniCogViewError, match=r"is damaged.*resume=False") as caught:
+            run(tmp_path, steps=6)
+        assert "\n" not in str(caught.value)
+        assert path.read_bytes() == bad
+    _, summary = run(tmp_path, steps=6, resume=False)
+    assert summary["start"] == 0 and summary["finished"]
+
+
+def test_foreign_checkpoint(tmp_path):
+    run(tmp_path, steps=6)
+    with pytest.raises(MiniCogViewError, match=r"does not fit \(lr was 0.01, is 0.02\)"):
+        run(tmp_path, steps=6, lr=0.02)
+    with pytest.raises(MiniCogViewError, match=r"does not fit.*size mismatch") as caught:
+        fit(Regression(width=16), tmp_path, **(SETTINGS | {"steps": 6}))
+    assert "\n" not in str(caught.value)
+    torch.save({"something": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(MiniCogViewError, match=r"does not fit .it lacks 'settings'"):
+        run(tmp_path, steps=6)
+
+
+def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, max_seconds=0.0)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(MiniCogViewError, match=r"cannot write checkpoint.*no space left"):
+        run(tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_divergence_is_reported_and_not_saved(tmp_path):
+    class Diverging(Regression):
+        def loss(self, step):
+            loss, scalars = super().loss(step)
+            return (loss * float("nan") if step >= 7 else loss), scalars
+
+    with pytest.raises(MiniCogViewError, match=r"loss became nan.*lower lr"):
+        fit(Diverging(), tmp_path, **(SETTINGS | {"save_every": 1}))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 7 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_bad_settings_and_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MiniCogViewError, match="cannot make folder"):
+        run(tmp_path / "file" / "run")
+    with pytest.raises(MiniCogViewError, match="precision 'fp16'"):
+        run(tmp_path, precision="fp16")
+    with pytest.raises(MiniCogViewError, match="device 'abacus' cannot be used"):
+        run(tmp_path, device="abacus")
+    with pytest.raises(MiniCogViewError, match="steps=0"):
+        run(tmp_path, steps=0)
+
+
+def test_works_without_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run(tmp_path, steps=4)
+    assert len(read_log(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and "tensorboard is not installed" in err
+
+
+def test_weight_decay_groups_and_frozen_weights():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "norm": nn.LayerNorm(3), "linear": nn.Linear(3, 3)})
+    model["frozen"] = nn.Linear(3, 3).requires_grad_(False)
+    decayed, kept = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    assert [p.shape for p in decayed["params"]] == [(3, 3)] and decayed["weight_decay"] == 0.1
+    assert len(kept["params"]) == 4 and kept["weight_decay"] == 0.0
+    assert not any(name.startswith("frozen") for name in EMA(model, 0.9).names)
+
+
+def test_ema_follows_its_formula():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.0)
+    ema, expected = EMA(model, decay=0.3), 0.0
+    for step in range(6):
+        nn.init.constant_(model.weight, step + 1.0)
+        ema.update(step)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step + 1.0)
+    assert ema.shadow[0].item() == pytest.approx(expected)
+    with ema.in_model():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 6.0
+
+
+def test_schedule_depends_on_the_step_only():
+    rates = [learning_rate(s, steps=100, lr=2.0, warmup=10) for s in range(101)]
+    assert rates[9] == rates[10] == max(rates) == 2.0
+    assert rates[0] == pytest.approx(0.2) and rates[55] == pytest.approx(1.0) and rates[100] == 0.0
+    assert learning_rate(0, steps=5, lr=1.0, warmup=0) == 1.0
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), pause=0.05)

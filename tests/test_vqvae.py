@@ -1,0 +1,219 @@
+"""The picture tokenizer, its training and its measures. Equality with the original: test_parity.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minicogview.config import VQVAEConfig, get_preset
+from minicogview.errors import MiniCogViewError
+from minicogview.metrics import perplexity, psnr, ssim, tokenizer_psnr
+from minicogview.training.vqvae import CodebookLearner, TokenizerObjective
+from minicogview.vqvae import VQVAE, from_official, from_official_name, official_config
+
+TINY = VQVAEConfig(
+    channels=8,
+    encoder_multipliers=(1, 1, 2),
+    encoder_blocks=1,
+    codebook_size=32,
+    codebook_dim=4,
+    latent_channels=8,
+    decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
+    n_groups=4,
+)
+
+
+@pytest.fixture
+def tiny() -> VQVAE:
+    torch.manual_seed(0)
+    return VQVAE(TINY).eval()
+
+
+def flat_colours(n: int = 64, size: int = 16) -> Tensor:
+    """Plain pictures of random colours (N, 3, S, S) uint8: something that a tiny model learns in seconds."""
+    colours = torch.randint(0, 256, (n, 3, 1, 1), generator=torch.Generator().manual_seed(0))
+    return colours.expand(n, 3, size, size).to(torch.uint8).contiguous()
+
+
+@torch.no_grad()
+def test_each_level_spends_one_code_on_its_rate(tiny: VQVAE) -> None:
+    pictures = torch.rand(2, 3, 32, 48)
+    assert TINY.rates == (4, 8, 16)
+    for level, rate in enumerate(TINY.rates):
+        codes = tiny.encode(pictures, level)
+        assert codes.dtype == torch.int64 and codes.shape == (2, 32 // rate, 48 // rate)
+        assert 0 <= int(codes.min()) and int(codes.max()) < TINY.codebook_size
+        assert tiny.decode(codes, level).shape == pictures.shape
+
+
+@torch.no_grad()
+def test_forward_agrees_with_encode_and_decode(tiny: VQVAE) -> None:
+    pictures = torch.rand(2, 3, 32, 32)
+    outputs, commitment, codes = tiny(pictures)
+    assert commitment.item() > 0
+    for level in range(tiny.levels):
+        assert torch.equal(codes[level], tiny.encode(pictures, level))
+        decoded = tiny.decode(codes[level], level)
+        torch.testing.assert_close(tiny.denormalise(outputs[level]), decoded, atol=1e-5, rtol=0)
+
+
+def test_nearest_is_the_nearest(tiny: VQVAE) -> None:
+    z = torch.randn(5, 7, TINY.codebook_dim)
+    expected = torch.cdist(z.reshape(-1, TINY.codebook_dim), tiny.quantizer.codebook).argmin(1)
+    assert torch.equal(tiny.quantizer.nearest(z).flatten(), expected)
+    rows = tiny.quantizer.codebook[:12].reshape(3, 4, -1)
+    assert torch.equal(tiny.quantizer.nearest(rows), torch.arange(12).reshape(3, 4))
+
+
+def test_gradient_passes_straight_through_the_codebook(tiny: VQVAE) -> None:
+    z = torch.randn(1, TINY.codebook_dim, 2, 2, requires_grad=True)
+    rows, _, _ = tiny.quantizer.straight_through(z)
+    rows.sum().backward()
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, torch.ones_like(z))
+    assert not tiny.quantizer.codebook.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("shape", "level", "words"),
+    [((1, 3, 30, 32), 0, "32x30"), ((1, 3, 32, 40), 2, "16"), ((3, 32, 32), 0, "expected"), ((1, 3, 32, 32), 3, "level 3")],
+)
+def test_pictures_that_do_not_fit_are_refused(tiny: VQVAE, shape: tuple[int, ...], level: int, words: str) -> None:
+    with pytest.raises(MiniCogViewError, match=words):
+        tiny.encode(torch.rand(shape), level)
+
+
+def test_decode_refuses_an_unknown_level(tiny: VQVAE) -> None:
+    with pytest.raises(MiniCogViewError, match="levels 0 to 2"):
+        tiny.decode(torch.zeros(1, 2, 2, dtype=torch.long), level=-1)
+
+
+def test_official_names_cover_every_weight_once() -> None:
+    description = json.loads((Path(__file__).parent / "golden/hvqvae/full.json").read_text())
+    names = [from_official_name(name) for name in description["keys"]]
+    with torch.device("meta"):
+        ours = VQVAE(get_preset("cogview2").vqvae).state_dict()
+    assert len(set(names)) == len(names) and set(names) == set(ours)
+    assert official_config(description["keys"]) == get_preset("cogview2").vqvae
+
+
+def test_foreign_weights_are_refused_by_name() -> None:
+    with pytest.raises(MiniCogViewError, match="not the weights of a CogView2 picture tokenizer"):
+        from_official({"transformer.word_embeddings.weight": torch.zeros(2, 2)})
+
+
+# ---------------------------------------------------------------- learning the codebook
+
+
+def test_a_row_moves_to_the_mean_of_its_vectors() -> None:
+    learner = CodebookLearner(torch.nn.Parameter(torch.eye(2), requires_grad=False))
+    z = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 1.0]])
+    for _ in range(1500):
+        learner.update(torch.tensor([0, 0, 1]), z)
+    torch.testing.assert_close(learner.codebook.data, torch.tensor([[3.0, 0.0], [0.0, 1.0]]), atol=1e-3, rtol=0)
+
+
+def test_dead_rows_revive_where_the_codebook_serves_badly() -> None:
+    learner = CodebookLearner(torch.nn.Parameter(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), requires_grad=False))
+    learner.counts[1] = 0.0
+    z = torch.cat([torch.zeros(100, 2), torch.tensor([[0.0, 5.0]])])  # background, and one detail
+    assert learner.revive(z, torch.Generator().manual_seed(0)) == 1
+    assert learner.codebook[1].tolist() == [0.0, 5.0]
+    assert learner.revive(z, torch.Generator().manual_seed(0)) == 0
+
+
+def test_kmeans_start_finds_separate_clusters() -> None:
+    centres = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) * 10
+    z = centres.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=torch.Generator().manual_seed(2))
+    learner = CodebookLearner(torch.nn.Parameter(torch.zeros(8, 4), requires_grad=False))
+    learner.place(z, torch.Generator().manual_seed(0))
+    assert float(torch.cdist(centres, learner.codebook).amin(1).median()) < 0.1
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_batch_depends_on_seed_and_step_only(tiny: VQVAE) -> None:
+    pictures = {16: torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)}
+    first, again = (TokenizerObjective(tiny, pictures, batch_pixels=2048, seed=1) for _ in range(2))
+    first.batch(3)
+    assert torch.equal(first.batch(4), again.batch(4))
+    assert not torch.equal(first.batch(4), again.batch(5))
+    assert not torch.equal(first.batch(4), TokenizerObjective(tiny, pictures, batch_pixels=2048).batch(4))
+
+
+def run(objective: TokenizerObjective, steps: int) -> list[float]:
+    """A plain training loop: the losses."""
+    trained = [p for p in objective.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 3e-3)
+    losses = []
+    for step in range(steps):
+        loss, _ = objective.loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        objective.after_step(step)
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_learns_plain_colours(tiny: VQVAE) -> None:
+    objective = TokenizerObjective(tiny, {16: flat_colours()}, batch_pixels=4096, warm_up=60)
+    run(objective, 200)
+    pictures = flat_colours()[:8].float() / 255
+    with torch.no_grad():
+        decoded = tiny.decode(tiny.encode(pictures, 0), 0)
+        grey = torch.full_like(pictures, 0.5)
+    assert float(psnr(decoded, pictures).mean()) > float(psnr(grey, pictures).mean()) + 3
+
+
+def test_the_coarser_levels_leave_level_0_as_it_is(tiny: VQVAE) -> None:
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    run(TokenizerObjective(tiny, {16: flat_colours()}, levels=(1, 2), batch_pixels=2048), 3)
+    changed = {name for name, value in tiny.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("halvers.", "decoders.0.", "decoders.1.")) for name in changed)
+
+
+# ---------------------------------------------------------------- measures and the shipped weights
+
+
+def test_psnr_of_known_errors() -> None:
+    reference = torch.full((2, 3, 4, 4), 0.5)
+    pictures = reference + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    torch.testing.assert_close(psnr(pictures, reference), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+    assert psnr(reference, reference).tolist() == [100.0, 100.0]
+
+
+def test_ssim_is_one_for_equal_pictures_and_falls_with_noise() -> None:
+    picture = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ssim(picture, picture), torch.ones(1))
+    assert 1 > ssim(picture + 0.05 * noise, picture).item() > ssim(picture + 0.3 * noise, picture).item()
+
+
+def test_perplexity_counts_codes_in_use() -> None:
+    assert perplexity(torch.arange(16).repeat(3), 64) == pytest.approx(16)
+    assert perplexity(torch.zeros(10, dtype=torch.long), 64) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def toy() -> VQVAE:
+    from minicogview.checkpoint import load_vqvae
+
+    return load_vqvae(Path(__file__).parents[1] / "minicogview/weights/toy/vqvae.safetensors")
+
+
+def test_the_shipped_tokenizer_keeps_its_promise(toy: VQVAE) -> None:
+    assert toy.config == get_preset("toy").vqvae
+    assert tokenizer_psnr(toy, 32)["psnr"] >= 25
+    assert tokenizer_psnr(toy, 96)["psnr"] >= 30
+
+
+@torch.no_grad()
+def test_white_is_one_stable_code(toy: VQVAE) -> None:
+    codes = toy.encode(torch.ones(1, 3, 32, 32), level=0)
+    assert len(codes.unique()) == 1
