@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig, VQVAEConfig, from_json, to_json
 from minicogview.errors import MiniCogViewError
+from minicogview.vqvae import VQVAE
 
 CONFIG_TYPES = {"coglm": CogLMConfig, "vqvae": VQVAEConfig}
 
@@ -39,7 +42,9 @@ SAT_NAMES = {
 }
 
 
-def save_model(path: str | Path, model: nn.Module, config: object, kind: str, dtype: torch.dtype = torch.float16) -> None:
+def save_model(
+    path: str | Path, model: nn.Module, config: object, kind: str, dtype: torch.dtype = torch.float16
+) -> None:
     """Write a model's weights and configuration as one safetensors file, whole or not at all.
 
     Args:
@@ -57,7 +62,7 @@ def save_model(path: str | Path, model: nn.Module, config: object, kind: str, dt
     os.replace(part, path)
 
 
-def load_weights(path: str | Path, kind: str) -> tuple[object, dict[str, Tensor]]:
+def load_weights(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
     """Configuration and float32 weights of a file that ``save_model`` wrote.
 
     Raises:
@@ -82,12 +87,30 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
     """Put weights into a model, refusing missing or unexpected names and wrong shapes by name."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
+    both = sorted(own.keys() & state.keys())
+    shapes = [f"{k} {tuple(state[k].shape)}" for k in both if state[k].shape != own[k].shape]
     if missing or unexpected or shapes:
         raise MiniCogViewError(
-            f"{source} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, wrong shapes {sorted(shapes)[:5]}"
+            f"{source} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"wrong shapes {shapes[:5]}"
         )
     model.load_state_dict(state)
+
+
+def load_vqvae(path: str | Path) -> VQVAE:
+    """The picture tokenizer in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
+    config, state = load_weights(path, "vqvae")
+    model = VQVAE(config).eval()
+    load_into(model, state, path)
+    return model
+
+
+def load_coglm(path: str | Path) -> CogLM:
+    """The first stage in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
+    config, state = load_weights(path, "coglm")
+    model = CogLM(config).eval()
+    load_into(model, state, path)
+    return model
 
 
 def sat_to_ours(name: str) -> str:

@@ -126,7 +126,9 @@ class CogLM(nn.Module):
         """
         rows, length = tokens.shape
         if n != 1 and rows != 1:
-            raise MiniCogViewError(f"n={n} pictures of one row were asked for, but {rows} rows given: repeat them instead")
+            raise MiniCogViewError(
+                f"n={n} pictures of one row were asked for, but {rows} rows given: repeat them instead"
+            )
         batch, guided = max(rows, n), guidance != 1.0
         cache = KVCache(self.config.transformer, batch, length - 1, self.device, self._dtype)
         hidden = self.transformer(

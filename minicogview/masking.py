@@ -202,9 +202,7 @@ def inference(n_text: int, length: int, layout: LayoutConfig) -> tuple[Tensor, T
     Returns:
         positions (S,) and mask (S, S) for ``n_text`` text tokens, <start_of_image>, and picture tokens.
     """
-    positions = torch.cat(
-        [torch.arange(n_text), torch.arange(layout.max_text, layout.max_text + length - n_text)]
-    )
+    positions = torch.cat([torch.arange(n_text), torch.arange(layout.max_text, layout.max_text + length - n_text)])
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     mask[:, :n_text] = True
     return positions, mask
@@ -251,14 +249,12 @@ def completion(
     return Sample(tokens, positions, mask), n_context
 
 
-def completion_training(
-    text: Tensor, picture: Tensor, region: Tensor, ids: SpecialIds, layout: LayoutConfig
-) -> Sample:
+def completion_training(text: Tensor, picture: Tensor, region: Tensor, ids: SpecialIds, layout: LayoutConfig) -> Sample:
     """``completion`` with the true codes in place: each row before a cell of the hole predicts that cell.
 
     The original never trains on this mask.
     """
-    sample, n_context = completion(text, picture, region, ids, layout)
+    sample, _ = completion(text, picture, region, ids, layout)
     wanted = sample.tokens < 0
     cells = sample.positions[len(text) + 1 :] - layout.max_text - 1
     sample.tokens[len(text) + 1 :] = picture[cells]
@@ -289,9 +285,7 @@ def completion_mask(n_text: int, n_context: int, length: int) -> Tensor:
     return mask
 
 
-def caption_scoring(
-    picture: Tensor, text: Tensor, language: int, layout: LayoutConfig
-) -> Sample:
+def caption_scoring(picture: Tensor, text: Tensor, language: int, layout: LayoutConfig) -> Sample:
     """Score a caption given a picture: the picture in both directions, then language token and text, causal.
 
     Args:
@@ -299,9 +293,7 @@ def caption_scoring(
     """
     n = len(picture)
     tokens = torch.cat([picture, torch.tensor([language]), text])
-    positions = torch.cat(
-        [torch.arange(layout.max_text + 1, layout.max_text + 1 + n), torch.arange(len(text) + 1)]
-    )
+    positions = torch.cat([torch.arange(layout.max_text + 1, layout.max_text + 1 + n), torch.arange(len(text) + 1)])
     mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
     mask[:, :n] = True
     loss_mask = torch.zeros(len(tokens), dtype=torch.bool)

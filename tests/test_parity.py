@@ -1,4 +1,4 @@
-"""Parity with the original program: every size is read from the golden files, nothing is skipped when one is missing.
+"""Parity with the original program: every size is read from the golden files, and a missing one fails.
 
 `MINICOGVIEW_GOLDEN` names another folder of the same form. `MINICOGVIEW_SLOW=1` adds the full-size tokenizer
 (97 million weights, about 0.4 GB each for the recipe and the model).
@@ -38,7 +38,7 @@ slow = pytest.mark.skipif(os.environ.get("MINICOGVIEW_SLOW") != "1", reason="slo
 
 
 def golden(path: str) -> Any:
-    """Content of a golden file: a dict of tensors (.safetensors), of arrays (.npz), or JSON. Missing files fail."""
+    """Content of a golden file: a dict of tensors or arrays (.safetensors, .npz), or JSON."""
     file = GOLDEN / path
     if not file.is_file():
         pytest.fail(f"golden file {file} is missing: set MINICOGVIEW_GOLDEN to a complete folder")
@@ -226,7 +226,7 @@ def test_sampling_cluster_mass() -> None:
 
 
 # ---------------------------------------------------------------- stage one (sections 1 and 2)
-# completion_boxes.json holds the geometry of editing (boxes, crops, resized masks): it is tested with that module.
+# completion_boxes.json holds the geometry of editing (boxes, crops, resized masks) and belongs to that module.
 
 RELEASED = get_preset("cogview2")
 
@@ -244,8 +244,8 @@ def coglm() -> CogLM:
     """The golden checkpoint, opened the way that a released one is. Only <start_of_image> has an id there."""
     sizes, module = checkpoint.read_sat(GOLDEN / "coglm/coglm")
     config = golden("coglm/config.json")
-    named = {"layers": "num_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "vocab": "vocab_size"}
-    assert {name: config[name] for name in named} == {name: sizes[theirs] for name, theirs in named.items()}
+    assert (config["layers"], config["hidden"]) == (sizes["num_layers"], sizes["hidden_size"])
+    assert (config["heads"], config["vocab"]) == (sizes["num_attention_heads"], sizes["vocab_size"])
     ids = SpecialIds(pad=0, boi=config["boi"], boe=0, boc=0)
     n_codes = min(RELEASED.vqvae.codebook_size, sizes["vocab_size"])  # a small table is not restricted
     model = CogLM(checkpoint.sat_config(sizes, ids, golden_layout(), n_codes)).eval()
@@ -259,7 +259,7 @@ def unpacked(packed: Tensor, length: int) -> Tensor:
 
 
 def prompt_bias(coglm: CogLM) -> tuple[dict[str, Tensor], Tensor]:
-    """Golden forward run, and the bias of its sequence as ``generate`` makes it; mask and positions are checked."""
+    """The golden forward run, and the bias of its sequence, made as ``generate`` makes it and compared."""
     g, config = golden("coglm/forward.safetensors"), golden("coglm/config.json")
     length = g["tokens"].shape[1]
     positions, mask = masking.inference(config["txt"], length, coglm.config.layout)
@@ -287,7 +287,7 @@ def test_coglm_forward_without_text_weights(coglm: CogLM) -> None:
     g, _ = prompt_bias(coglm)
     mask = unpacked(g["attention_mask_packed"], g["tokens"].shape[1])
     hidden = coglm.transformer(g["tokens"], g["position_ids"], attention_bias(mask))
-    close(coglm.transformer.logits(hidden)[:, ::8], g["logits_without_log_attention_weights"])  # every 8th row
+    close(coglm.transformer.logits(hidden)[:, ::8], g["logits_without_log_attention_weights"])  # 1 row in 8
 
 
 def entries(cache: KVCache) -> Tensor:
@@ -327,7 +327,7 @@ class StandIn:
         rows = torch.arange(len(logits))
         rank = ((self.per_step * step + self.per_row * rows) % self.modulus)[:, None]
         values, order = logits[:, : self.n_image_ids].sort(dim=-1, descending=True, stable=True)
-        gaps = F.pad(values[:, :-1] - values[:, 1:], (1, 1), value=torch.inf)  # to the better and the worse one
+        gaps = F.pad(values[:, :-1] - values[:, 1:], (1, 1), value=torch.inf)  # to both neighbours
         margin = torch.minimum(gaps.gather(1, rank), gaps.gather(1, rank + 1))[:, 0]
         close(margin, self.margin[step], atol=2 * ATOL)
         choice, golden_choice = order.gather(1, rank)[:, 0], self.expected[:, step]
@@ -399,11 +399,10 @@ def test_coglm_inverse_prompt(coglm: CogLM) -> None:
     g, n = golden("coglm/inverse_prompt.safetensors"), coglm.config.layout.n_image
     pictures, language, texts = g["tokens"][:, :n], int(g["tokens"][0, n]), g["tokens"][:, n + 1 :].tolist()
     close(coglm.score_captions(pictures, texts, language), g["score_mean"])
-    sums = torch.stack(  # of the first k tokens' log-probabilities
-        [k * coglm.score_captions(pictures, [t[:k] for t in texts], language) for k in range(1, len(texts[0]) + 1)],
-        dim=1,
-    )
-    each = sums.diff(dim=1, prepend=torch.zeros(len(texts), 1))
+    sums = [torch.zeros(len(texts))]  # log-probability of the first k tokens, for k = 0, 1, ...
+    for k in range(1, len(texts[0]) + 1):
+        sums.append(k * coglm.score_captions(pictures, [text[:k] for text in texts], language))
+    each = torch.stack(sums, dim=1).diff(dim=1)
     close(F.pad(each, (n, 0)), g["score_none"])  # zero where the picture and the start token are predicted
 
 
@@ -422,7 +421,9 @@ def test_coglm_inverse_prompt_in_one_forward_pass(coglm: CogLM) -> None:
 
 def parameters(g: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights stored in a golden file, under our names."""
-    return checkpoint.sat_transformer({k.removeprefix("param."): v for k, v in g.items() if k.startswith("param.")})
+    return checkpoint.sat_transformer(
+        {k.removeprefix("param."): v for k, v in g.items() if k.startswith("param.")}
+    )
 
 
 def own_model(prefix: str, g: dict[str, Tensor], n_codes: int) -> CogLM:
@@ -440,6 +441,11 @@ def own_model(prefix: str, g: dict[str, Tensor], n_codes: int) -> CogLM:
     return model
 
 
+def gradients(g: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What is stored under a prefix, under our names."""
+    return {checkpoint.sat_to_ours(k.removeprefix(prefix)): v for k, v in g.items() if k.startswith(prefix)}
+
+
 def test_coglm_training_step() -> None:
     g = golden("coglm/training_step.safetensors")
     model = own_model("t", g, n_codes=golden("coglm/config.json")["tvocab"])
@@ -451,12 +457,7 @@ def test_coglm_training_step() -> None:
     loss = model.loss(batch)
     close(loss, g["loss"])
     loss.backward()
-    expected = {checkpoint.sat_to_ours(k.removeprefix("grad.")): v for k, v in g.items() if k.startswith("grad.")}
-    row_norms = {
-        checkpoint.sat_to_ours(k.removeprefix("gradnorm_per_row.")): v
-        for k, v in g.items()
-        if k.startswith("gradnorm_per_row.")
-    }
+    expected, row_norms = gradients(g, "grad."), gradients(g, "gradnorm_per_row.")
     found = {name: weight.grad for name, weight in model.transformer.named_parameters()}
     assert found.keys() == expected.keys() | row_norms.keys()
     for name, gradient in found.items():

@@ -200,7 +200,7 @@ def draw_region(grid: int, rng: np.random.Generator) -> Tensor:
     kind = rng.integers(3)
     if kind == 0:
         region[grid // 2 :] = True
-        region = np.rot90(region, rng.integers(4)).copy()
+        region = np.rot90(region, int(rng.integers(4))).copy()
     elif kind == 1:
         height, width = rng.integers(grid // 4, grid, size=2)
         top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)

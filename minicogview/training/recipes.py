@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from minicogview.checkpoint import load_into, load_weights, save_model
+from minicogview.checkpoint import load_vqvae, save_model
 from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
@@ -22,14 +22,6 @@ from minicogview.tokenizer import Tokenizer
 from minicogview.training.coglm import CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.loop import fit
 from minicogview.vqvae import VQVAE
-
-
-def load_vqvae(path: str | Path) -> VQVAE:
-    """The picture tokenizer in a weight file, ready to use."""
-    config, state = load_weights(path, "vqvae")
-    model = VQVAE(config).eval()
-    load_into(model, state, path)
-    return model
 
 
 def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
@@ -73,7 +65,11 @@ def train_coglm(
 
     def validate(model: CogLM) -> dict[str, float]:
         with torch.autocast("cpu", enabled=False):
-            results = {f"{s}_{l}": judge.retrieval(s, l, limit=100) for s in ("names", "train", "heldout") for l in ("en", "zh")}
+            results = {
+                f"{split}_{lang}": judge.retrieval(split, lang, limit=100)
+                for split in ("names", "train", "heldout")
+                for lang in ("en", "zh")
+            }
         return {f"{name}/{key}": result[key] for name, result in results.items() for key in ("top1", "same_tone")}
 
     objective = CogLMObjective(model, emoji_data(preset, vqvae, tokenizer), codebook, recipe, validate)
