@@ -97,7 +97,7 @@ class CogLM(nn.Module):
 
     # --- the one loop behind drawing and filling in -----------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fill(
         self,
         tokens: Tensor,
@@ -251,7 +251,7 @@ class CogLM(nn.Module):
         result[:, cells] = filled.tokens[:, len(text) + 1 :]
         return Filled(result, filled.scores)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_captions(self, pictures: Tensor, texts: list[list[int]], language: int) -> Tensor:
         """Mean log-probability per token of each text, given its picture.
 
@@ -278,7 +278,7 @@ class CogLM(nn.Module):
         real = torch.arange(longest, device=self.device) < lengths[:, None]
         return (token_scores * real).sum(-1) / lengths
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def caption(self, picture: Tensor, language: int, end: int, max_tokens: int = 24) -> list[int]:
         """Describe a picture: the likeliest next text token, again and again, until ``end``.
 

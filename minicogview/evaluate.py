@@ -16,14 +16,11 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minicogview.coglm import CogLM
-from minicogview.config import SamplingConfig
 from minicogview.data import captions
 from minicogview.data.emoji import Emoji, indices, load_emoji, render
 from minicogview.errors import MiniCogViewError
 from minicogview.metrics import psnr
-from minicogview.sampling import Clusters, Sampler
-from minicogview.tokenizer import Tokenizer
+from minicogview.pipeline import CogView2
 from minicogview.vqvae import VQVAE
 
 
@@ -32,14 +29,14 @@ def emoji_pictures(size: int, progress: bool = True) -> Tensor:
     return rearrange(torch.from_numpy(render(size, progress)), "n h w c -> n c h w").float() / 255
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_all(vqvae: VQVAE, pictures: Tensor, level: int, batch_size: int = 64) -> Tensor:
     """Codes of many pictures: (N, 3, H, W) -> (N, n), raster order."""
     codes = [vqvae.encode(batch, level) for batch in pictures.split(batch_size)]
     return rearrange(torch.cat(codes), "n h w -> n (h w)")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_all(vqvae: VQVAE, codes: Tensor, level: int, batch_size: int = 64) -> Tensor:
     """Pictures of many code grids: (N, n) -> (N, 3, H, W), clamped to 0..1."""
     side = int(codes.shape[1] ** 0.5)
@@ -51,33 +48,28 @@ def decode_all(vqvae: VQVAE, codes: Tensor, level: int, batch_size: int = 64) ->
 class Judge:
     """A model with all that is needed to judge it; the gallery is made once."""
 
-    coglm: CogLM
-    vqvae: VQVAE
-    tokenizer: Tokenizer
-    sampling: SamplingConfig
-    clusters: Clusters | None
-    level: int
-    size: int  # pixels of the coarse picture
-    progress: bool = True
+    model: CogView2
+    progress: bool = True  # show progress bars
 
     def __post_init__(self) -> None:
-        self.codes = encode_all(self.vqvae, emoji_pictures(self.size, self.progress), self.level)  # (N, n)
+        self.vqvae, self.tokenizer, self.level = self.model.vqvae, self.model.tokenizer, self.model.tokenizer.level
+        pictures = emoji_pictures(self.model.size, self.progress)
+        self.codes = encode_all(self.vqvae, pictures, self.level)  # (N, n)
         self.gallery = decode_all(self.vqvae, self.codes, self.level)  # (N, 3, H, W)
         self.emoji = load_emoji("all")
 
     def draw(self, texts: list[str], seed: int = 0, batch_size: int = 64) -> Tensor:
         """One picture of each text: (M, n) codes. Text i is drawn with seed ``seed + i``."""
-        ids = [self.tokenizer.encode(text) for text in texts]
+        ids, sampling = [self.model.encode(text) for text in texts], self.model.sampling
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
         result = torch.empty(len(ids), self.codes.shape[1], dtype=torch.long)
         for start in tqdm(range(0, len(order), batch_size), desc="drawing", disable=not self.progress):
             rows = order[start : start + batch_size]
-            sampler = Sampler([seed + i for i in rows], self.sampling, self.clusters, self.codes.shape[1])
-            drawn = self.coglm.generate(
+            drawn = self.model.coglm.generate(
                 [ids[i] for i in rows],
-                sampler,
-                text_weight=self.sampling.text_weight,
-                guidance=self.sampling.guidance,
+                self.model.sampler([seed + i for i in rows]),
+                text_weight=sampling.text_weight,
+                guidance=sampling.guidance,
             )
             result[rows] = drawn.tokens.cpu()
         return result
@@ -109,10 +101,8 @@ class Judge:
             ``n``; ``top1`` and ``top5``, shares in 0..1; ``same_tone``, the share of pictures with a skin tone
             whose nearest neighbour has that tone (NaN where no picture has one).
         """
-        asked = load_emoji(split)
         rng = random.Random(0)
-        if limit is not None and limit < len(asked):
-            asked = rng.sample(asked, limit)
+        asked = load_emoji(split) if limit is None else _some(split, limit, rng)
         texts = [self._text(emoji, lang, template, rng) for emoji in asked]
         ranks, nearest = self.ranks(self.draw(texts, seed), torch.from_numpy(indices(asked)))
         toned = [self.emoji[row].tone == e.tone for row, e in zip(nearest.tolist(), asked, strict=True) if e.tone]
@@ -132,15 +122,17 @@ class Judge:
     def captioning(self, lang: str, n_pictures: int = 200, n_names: int = 100, seed: int = 0) -> dict[str, float]:
         """Share of training pictures whose true name is the likeliest of ``n_names`` names, by caption loss."""
         rng = random.Random(seed)
-        asked = rng.sample(load_emoji("train"), n_pictures)
+        asked = _some("train", n_pictures, rng)
+        if not 2 <= n_names <= len(asked):
+            raise MiniCogViewError(f"cannot compare {n_names} names of {len(asked)} pictures: choose 2 to {len(asked)}")
         language = self.tokenizer.boe if lang == "en" else self.tokenizer.boc
         right = 0
         for emoji in tqdm(asked, desc="captioning", disable=not self.progress):
             others = rng.sample([other for other in asked if other is not emoji], n_names - 1)
             names = [[*self.tokenizer.encode(captions.name(e, lang)), self.tokenizer.eos] for e in (emoji, *others)]
             picture = self.codes[torch.from_numpy(indices([emoji]))]
-            right += int(self.coglm.score_captions(picture, names, language).argmax()) == 0
-        return {"n": n_pictures, "n_names": n_names, "top1": right / n_pictures}
+            right += int(self.model.coglm.score_captions(picture, names, language).argmax()) == 0
+        return {"n": len(asked), "n_names": n_names, "top1": right / len(asked)}
 
     def infilling(self, lang: str, n_pictures: int = 100, seed: int = 0) -> dict[str, float]:
         """Hide one half of training pictures and fill it in from the name and the other half.
@@ -149,32 +141,33 @@ class Judge:
             ``psnr``: hidden half against the original pixels, in dB; ``psnr_tokenizer``: the same with the true
             codes, the best that any filling could reach; ``exact``: share of codes filled in exactly.
         """
-        rng = random.Random(seed)
-        asked = rng.sample(load_emoji("train"), n_pictures)
+        asked = _some("train", n_pictures, random.Random(seed))
         rows = torch.from_numpy(indices(asked))
-        pixels = emoji_pictures(self.size, self.progress)[rows]
+        pixels = emoji_pictures(self.model.size, self.progress)[rows]
         side = int(self.codes.shape[1] ** 0.5)
         hole = torch.zeros(side, side, dtype=torch.bool)
         hole[:, side // 2 :] = True  # the right half
         filled = []
         for i, emoji in enumerate(tqdm(asked, desc="filling in", disable=not self.progress)):
-            sampler = Sampler([seed + i], self.sampling, self.clusters, self.codes.shape[1])
-            text = self.tokenizer.encode(captions.name(emoji, lang))
-            filled.append(self.coglm.complete(text, self.codes[rows[i]], hole, sampler).tokens)
+            text, weight = self.model.encode(captions.name(emoji, lang)), self.model.sampling.text_weight
+            sampler = self.model.sampler([seed + i])
+            drawn = self.model.coglm.complete(text, self.codes[rows[i]], hole, sampler, text_weight=weight)
+            filled.append(drawn.tokens.cpu())
         codes = torch.cat(filled)
-        half = slice(self.size // 2, None)
+        half = slice(self.model.size // 2, None)
         decoded = decode_all(self.vqvae, codes, self.level)[..., half]
         best = self.gallery[rows][..., half]
         return {
-            "n": n_pictures,
+            "n": len(asked),
             "psnr": float(psnr(decoded, pixels[..., half]).mean()),
             "psnr_tokenizer": float(psnr(best, pixels[..., half]).mean()),
             "exact": float((codes == self.codes[rows])[:, hole.flatten()].float().mean()),
         }
 
 
-def check_language(lang: str) -> str:
-    """``lang`` itself; raises MiniCogViewError if there are no captions in that language."""
-    if lang not in captions.LANGUAGES:
-        raise MiniCogViewError(f"no captions in language {lang!r}: choose one of {', '.join(captions.LANGUAGES)}")
-    return lang
+def _some(split: str, n: int, rng: random.Random) -> list[Emoji]:
+    """``n`` emoji of a split in random order, or all of them where there are fewer."""
+    emoji = load_emoji(split)
+    if n < 1:
+        raise MiniCogViewError(f"cannot judge {n} pictures: ask for 1 or more")
+    return rng.sample(emoji, n) if n < len(emoji) else emoji

@@ -2,7 +2,8 @@
 
 The idea: one transformer draws, captions and fills in, because each task is only another attention mask.
 Some tokens are *context* and see each other in both directions; the others are predicted one after another
-and see the context and what came before. CogView2 (arXiv 2204.14217), section 3.1, figure 3.
+and see the context and what came before. Every run of predictions starts behind an anchor that is given: a start
+token, the first cell of a patch's row, the first token of a span. CogView2 (arXiv 2204.14217), section 3.1.
 
 Mirrors: the data and mask functions of the original's ``pretrain_coglm`` and ``coglm_strategy`` files; every
 function here equals them bit by bit when given the same random choices (``tests/test_parity.py``).
@@ -81,12 +82,14 @@ def text_to_image(raw: Tensor, ids: SpecialIds, layout: LayoutConfig, second_tex
     return Sample(tokens, positions, mask, shift_left(raw), loss_mask)
 
 
-def draw_patches(generator: torch.Generator, layout: LayoutConfig) -> list[tuple[int, int]]:
+def draw_patches(generator: torch.Generator, layout: LayoutConfig, whole_grid: bool = False) -> list[tuple[int, int]]:
     """Top-left corners (row, column) of the patches to fill in, without repetition.
 
-    As in the original the last row and column are never covered: corners come from a range one too short.
+    Args:
+        whole_grid: False, as in the original: corners come from a range one too short, so that no patch ever
+            covers the last row or column. True: they may lie wherever a patch fits.
     """
-    side = layout.grid - layout.patch_size
+    side = layout.grid - layout.patch_size + whole_grid
     codes = torch.randperm(side * side, generator=generator)[: layout.n_patches]
     return [divmod(code, side) for code in codes.tolist()]
 
@@ -227,6 +230,14 @@ def completion_order(region: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~second).flatten(), torch.nonzero(second).flatten()
 
 
+def completion_mask(n_text: int, n_context: int, length: int) -> Tensor:
+    """(S, S): causal; all see the text; rows after the start token see every kept cell of the first part."""
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[:n_text, :n_text] = True
+    mask[n_text + 1 :, :n_context] = True
+    return mask
+
+
 def completion(
     text: Tensor, picture: Tensor, region: Tensor, ids: SpecialIds, layout: LayoutConfig
 ) -> tuple[Sample, int]:
@@ -262,29 +273,6 @@ def completion_training(text: Tensor, picture: Tensor, region: Tensor, ids: Spec
     return Sample(sample.tokens, sample.positions, sample.mask, shift_left(sample.tokens), loss_mask)
 
 
-def pad_right(sample: Sample, length: int, pad: int) -> Sample:
-    """Lengthen a training sample with pads that see only themselves, are seen by nobody and predict nothing."""
-    extra = length - len(sample.tokens)
-    mask = torch.eye(length, dtype=torch.bool)
-    mask[: len(sample.tokens), : len(sample.tokens)] = sample.mask
-    assert sample.labels is not None and sample.loss_mask is not None
-    return Sample(
-        F.pad(sample.tokens, (0, extra), value=pad),
-        F.pad(sample.positions, (0, extra)),
-        mask,
-        F.pad(sample.labels, (0, extra), value=pad),
-        F.pad(sample.loss_mask, (0, extra)),
-    )
-
-
-def completion_mask(n_text: int, n_context: int, length: int) -> Tensor:
-    """(S, S): causal; all see the text; rows after the start token see every kept cell of the first part."""
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    mask[:n_text, :n_text] = True
-    mask[n_text + 1 :, :n_context] = True
-    return mask
-
-
 def caption_scoring(picture: Tensor, text: Tensor, language: int, layout: LayoutConfig) -> Sample:
     """Score a caption given a picture: the picture in both directions, then language token and text, causal.
 
@@ -299,3 +287,18 @@ def caption_scoring(picture: Tensor, text: Tensor, language: int, layout: Layout
     loss_mask = torch.zeros(len(tokens), dtype=torch.bool)
     loss_mask[n:-1] = True
     return Sample(tokens, positions, mask, shift_left(tokens), loss_mask)
+
+
+def pad_right(sample: Sample, length: int, pad: int) -> Sample:
+    """Lengthen a training sample with pads that see only themselves, are seen by nobody and predict nothing."""
+    extra = length - len(sample.tokens)
+    mask = torch.eye(length, dtype=torch.bool)
+    mask[: len(sample.tokens), : len(sample.tokens)] = sample.mask
+    assert sample.labels is not None and sample.loss_mask is not None
+    return Sample(
+        F.pad(sample.tokens, (0, extra), value=pad),
+        F.pad(sample.positions, (0, extra)),
+        mask,
+        F.pad(sample.labels, (0, extra), value=pad),
+        F.pad(sample.loss_mask, (0, extra)),
+    )

@@ -189,9 +189,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: st
     return fig
 
 
-def histogram(
-    series: Mapping[str, Any], xlabel: str, ylabel: str = "count", bins: int = 40, title: str = ""
-) -> Figure:
+def histogram(series: Mapping[str, Any], xlabel: str, ylabel: str = "count", bins: int = 40, title: str = "") -> Figure:
     """Outlined histograms of several sets of numbers on common bins."""
     fig = figure()
     ax = fig.subplots()
@@ -206,13 +204,19 @@ def histogram(
 
 
 def attention_maps(
-    maps: Tensor, titles: Sequence[str] = (), columns: int = 4, title: str = "", of: str = "token"
+    maps: Tensor,
+    titles: Sequence[str] = (),
+    columns: int = 4,
+    title: str = "",
+    of: str = "token",
+    label: str = "share of attention",
 ) -> Figure:
     """Attention of several heads, on one scale from 0.
 
     Args:
         maps: (N, S, S), row = the token that looks; or (N, grid, grid): where one token looks in the picture,
             then with ``of="cell"``.
+        label: what the numbers are, where they are not attention.
     """
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
@@ -229,7 +233,7 @@ def attention_maps(
         if number % columns == 0:
             ax.set_ylabel("cell row" if of == "cell" else "token that looks")
     if shown is not None:
-        fig.colorbar(shown, ax=axes, label="share of attention", fraction=0.03)
+        fig.colorbar(shown, ax=axes, label=label, fraction=0.03)
     if title:
         fig.suptitle(title, fontsize=10)
     return fig

@@ -7,6 +7,7 @@ Shapes: ``V`` tokens of the codebook, ``h, w`` cells, ``r`` pixels along a cell.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from minicogview import sampling
-from minicogview.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, figure, to_array
+from minicogview.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, WIDTH, YELLOW, figure, to_array
 from minicogview.sampling import Clusters
 from minicogview.vqvae import VQVAE
 
@@ -109,4 +110,33 @@ def sampling_figure(
         f"the {len(order)} likeliest tokens, likeliest first (colour = "
         + ("cluster)" if colours is None else "the token's own)")
     )
+    return fig
+
+
+def swatch_figure(
+    rows: Mapping[str, Tensor], columns: int = 24, notes: Mapping[str, Sequence[str]] | None = None
+) -> Figure:
+    """Swatches in titled groups, each swatch in a thin frame, so that white ones can be counted too.
+
+    Args:
+        rows: title -> (n, 3, r, r) pixels in 0..1, as ``swatches`` makes them.
+        columns: swatches in a line; longer groups break.
+        notes: title -> n short texts to stand under the swatches of that group.
+    """
+    notes = notes or {}
+    lines = [-(-len(pixels) // columns) * (1.5 if title in notes else 1.0) for title, pixels in rows.items()]
+    cell = WIDTH / columns  # inches
+    fig = figure(sum(lines) * cell + 0.36 * len(rows))
+    axes = fig.subplots(len(rows), 1, squeeze=False, height_ratios=[line + 0.01 for line in lines])[:, 0]
+    for ax, (title, pixels), height in zip(axes, rows.items(), lines, strict=True):
+        step = 1.5 if title in notes else 1.0
+        for number, swatch in enumerate(pixels):
+            x, y = number % columns, number // columns * step
+            ax.imshow(to_array(swatch), extent=(x + 0.06, x + 0.94, y + 0.94, y + 0.06))
+            ax.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, fill=False, edgecolor="black", linewidth=0.5))
+            if title in notes:
+                ax.text(x + 0.5, y + 1.2, notes[title][number], ha="center", va="center", fontsize=7)
+        ax.set(xlim=(0, columns), ylim=(height, 0), aspect="equal")
+        ax.set_title(title, loc="left", fontsize=9)
+        ax.axis("off")
     return fig

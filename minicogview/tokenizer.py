@@ -31,6 +31,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from minicogview.config import SpecialIds
 from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
@@ -123,6 +124,11 @@ class Tokenizer:
     def boc(self) -> int:
         """Id of <start_of_chinese>."""
         return self.boi + 2
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """The ids that CogLM needs to know."""
+        return SpecialIds(self.pad, self.boi, self.boe, self.boc)
 
     @property
     def vocab_size(self) -> int:

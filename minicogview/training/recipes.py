@@ -18,10 +18,13 @@ from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import indices, load_emoji
 from minicogview.evaluate import Judge, emoji_pictures, encode_all
+from minicogview.pipeline import CogView2
 from minicogview.tokenizer import Tokenizer
 from minicogview.training.coglm import CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.loop import fit
 from minicogview.vqvae import VQVAE
+
+TOY_WEIGHTS = Path(__file__).parents[1] / "weights" / "toy"
 
 
 def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
@@ -61,7 +64,7 @@ def train_coglm(
     codebook = vqvae.quantizer.codebook.detach().float()
     model = CogLM(preset.coglm)
     embed_codebook(model, codebook, torch.Generator().manual_seed(recipe.seed))
-    judge = Judge(model, vqvae, tokenizer, preset.sampling, None, preset.level, preset.coarse_pixels, progress=False)
+    judge = Judge(CogView2(model, tokenizer, preset.sampling), progress=False)
 
     def validate(model: CogLM) -> dict[str, float]:
         with torch.autocast("cpu", enabled=False):

@@ -29,6 +29,7 @@ from minicogview.training.loop import fit
 from minicogview.vqvae import VQVAE
 
 COMMITMENT = 0.25  # weight of the commitment loss
+LOCALITY = 0.2  # weight of the difference that another surrounding makes to a cell's vector
 SIZES = (32, 96)  # pixels a side, taken in turn
 
 
@@ -96,6 +97,13 @@ def _far_from(rows: Tensor, z: Tensor, n: int, generator: torch.Generator) -> Te
     return torch.multinomial(distance + 1e-12, n, generator=generator)
 
 
+def _jigsaw(x: Tensor, side: int, order: Tensor) -> Tensor:
+    """Cut x (B, C, H, W) into squares of ``side`` and put them together again in another order."""
+    b, _, height, width = x.shape
+    pieces = rearrange(x, "b c (h p) (w q) -> (b h w) c p q", p=side, q=side)[order]
+    return rearrange(pieces, "(b h w) c p q -> b c (h p) (w q)", b=b, h=height // side, w=width // side)
+
+
 class TokenizerObjective:
     """What ``training.loop.fit`` needs to train the tokenizer on emoji.
 
@@ -146,7 +154,12 @@ class TokenizerObjective:
         total = target.new_zeros(())
         logs: dict[str, float] = {}
         for level, features in self._features(pictures):
-            rows, commitment, codes = self._quantise(features, quantise)
+            z = self.model.quantizer.project(features)
+            if level == 0:
+                locality = self._locality(pictures, z, step)
+                total = total + LOCALITY * locality
+                logs["locality"] = float(locality.detach())
+            rows, commitment, codes = self._quantise(z, quantise)
             output = self.model.decoder(level)(rows).float()
             total = total + F.l1_loss(output, target) + F.mse_loss(output, target) + COMMITMENT * commitment
             error = (self.model.denormalise(output.detach()).clamp(0, 1) - pictures).pow(2).mean()
@@ -193,9 +206,22 @@ class TokenizerObjective:
                 features.append((level, x))
         return features
 
-    def _quantise(self, features: Tensor, quantise: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``Quantizer.forward``; keeps codes and vectors for ``after_step``; in the warm-up nothing is rounded."""
-        z = self.model.quantizer.project(features)
+    def _locality(self, pictures: Tensor, z: Tensor, step: int) -> Tensor:
+        """How much vectors z change when blocks of cells trade places with others, in half of the batch.
+
+        Relative to the variance of z, so that shrinking all vectors does not help.
+        """
+        generator = self._generator(step)
+        cells = int(2 ** torch.randint(0, 3, (), generator=generator))  # a block's side: 1, 2 or 4
+        side = cells * self.model.config.rates[0]
+        here, pictures = z[: (len(z) + 1) // 2].float(), pictures[: (len(z) + 1) // 2]
+        order = torch.randperm(pictures.numel() // (3 * side**2), generator=generator)
+        features = self.model.features(_jigsaw(pictures, side, order), 0)
+        elsewhere = _jigsaw(self.model.quantizer.project(features).float(), cells, order.argsort())
+        return (here - elsewhere).pow(2).mean() / z.detach().float().var(dim=(0, 2, 3)).mean()
+
+    def _quantise(self, z: Tensor, quantise: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``Quantizer.straight_through``; keeps what ``after_step`` needs; in the warm-up nothing is rounded."""
         if not quantise:
             return z, z.new_zeros(()), torch.zeros(1, dtype=torch.long)
         rows, commitment, codes = self.model.quantizer.straight_through(z)

@@ -1,0 +1,107 @@
+"""The command ``minicogview``: draw, train, evaluate, and say what a preset costs.
+
+The idea: every subcommand is a plain function whose arguments are the options and whose docstring is the help
+(tyro reads both). What is heavy is imported inside these functions: help and wrong options answer at once.
+A wrong input ends with one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Union
+
+import tyro
+
+from minicogview.cli_evaluate import captioning, infilling, retrieval, tokenizer
+from minicogview.cli_generate import generate
+from minicogview.cli_shared import complain, print_json
+from minicogview.cli_train import train_coglm, train_text, train_vqvae
+from minicogview.config import get_preset
+from minicogview.errors import MiniCogViewError
+
+
+def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, json: bool = False) -> int:
+    """Parameters, memory and floating-point operations of a preset, stage by stage.
+
+    Args:
+        preset: toy, small or cogview2 (6 billion parameters).
+        text_tokens: length of the text that is drawn.
+        json: print plain numbers (bytes, operations) as JSON.
+    """
+    sizes = get_preset(preset)
+    if not 1 <= text_tokens <= sizes.layout.max_text:
+        limit = sizes.layout.max_text
+        raise MiniCogViewError(f"--text-tokens is {text_tokens}: the preset {preset} takes 1 to {limit}")
+    from minicogview.cost import costs
+
+    numbers = costs(sizes, text_tokens)
+    if json:
+        print_json(numbers)
+        return 0
+    print(
+        f"{preset}: {numbers['text_tokens']} text tokens to {numbers['image_tokens']} picture tokens, "
+        f"{numbers['pixels']} x {numbers['pixels']} pixels"
+    )
+    print(f"{'':24}{'parameters':>15}{'fp16 MB':>12}{'fp32 MB':>12}{'GFLOP':>12}")
+    rows = {
+        "draw (CogLM)": numbers["stages"]["draw"],
+        "decode (VQ-VAE)": numbers["stages"]["decode"],
+        "encode (VQ-VAE)": numbers["stages"]["encode"],
+        "all weights; draw+decode": numbers["total"],
+    }
+    for name, row in rows.items():
+        fp16, fp32 = row["fp16_bytes"] / 1e6, row["fp32_bytes"] / 1e6
+        print(f"{name:24}{row['parameters']:15,}{fp16:12,.1f}{fp32:12,.1f}{row['flops'] / 1e9:12,.2f}")
+    print(f"KV cache of one picture in fp16: {numbers['stages']['draw']['cache_fp16_bytes'] / 1e6:,.1f} MB")
+    return 0
+
+
+COMMANDS: dict[str, Any] = {
+    "generate": generate,
+    "train": {"text": train_text, "vqvae": train_vqvae, "coglm": train_coglm},
+    "evaluate": {
+        "retrieval": retrieval,
+        "captioning": captioning,
+        "infilling": infilling,
+        "tokenizer": tokenizer,
+    },
+    "info": info,
+}
+GROUPS = {
+    "train": "Train a part of the toy, or your own model, on the emoji.",
+    "evaluate": "Judge the weights: the numbers of the model card.",
+}
+
+
+def choice(commands: dict[str, Any]) -> Any:
+    """The type that tyro reads as "one of these subcommands"."""
+    options = []
+    for name, command in commands.items():
+        if isinstance(command, dict):
+            subcommand = tyro.conf.subcommand(name=name, description=GROUPS[name])
+            options.append(Annotated[choice(command), subcommand])
+        else:
+            options.append(Annotated[Any, tyro.conf.subcommand(name=name, constructor=command)])
+    return Union[tuple(options)]  # noqa: UP007 (made of a list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a notebook's stream cannot be set up
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        description = "Text to pictures, in English and Chinese, and what it takes to get there."
+        return tyro.cli(choice(COMMANDS), prog="minicogview", description=description, args=arguments)
+    except MiniCogViewError as error:
+        complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        complain("stopped; the same training command goes on from its last checkpoint")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""``minicogview evaluate``: the numbers of the model card, printed again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from minicogview.cli_shared import Language, OptionalInt, Source, Weights, show
+
+if TYPE_CHECKING:
+    from minicogview.evaluate import Judge
+
+
+def retrieval(
+    split: Literal["names", "train", "heldout", "all"] = "names",
+    lang: Language = "en",
+    template: bool = False,
+    limit: OptionalInt = None,
+    seed: int = 0,
+    source: Weights = Source(),
+    json: bool = False,
+) -> int:
+    """Draw every name once and look for the nearest of all emoji pictures.
+
+    Args:
+        split: names (without skin tones), train, heldout (characters and tones never seen together), or all.
+        lang: language of the names.
+        template: put each name into a sentence, such as "a picture of ...".
+        limit: judge a fixed random choice of so many names.
+        seed: picture i is drawn with seed + i.
+        json: print n, top1, top5 and same_tone (shares from 0 to 1; null where no picture has a tone) as JSON.
+    """
+    return show(judge(source, json).retrieval(split, lang, seed, template, limit), json)
+
+
+def captioning(
+    lang: Language = "en",
+    n_pictures: int = 200,
+    n_names: int = 100,
+    seed: int = 0,
+    source: Weights = Source(),
+    json: bool = False,
+) -> int:
+    """How often a picture's true name is the likeliest of many names.
+
+    Args:
+        lang: language of the names.
+        n_pictures: training pictures to judge.
+        n_names: names to choose from.
+        seed: of the choice of pictures and names.
+        json: print n, n_names and top1 (share from 0 to 1) as JSON.
+    """
+    return show(judge(source, json).captioning(lang, n_pictures, n_names, seed), json)
+
+
+def infilling(
+    lang: Language = "en",
+    n_pictures: int = 100,
+    seed: int = 0,
+    source: Weights = Source(),
+    json: bool = False,
+) -> int:
+    """Hide the right half of training pictures and fill it in.
+
+    Args:
+        lang: language of the names.
+        n_pictures: training pictures to judge.
+        seed: of the choice and of the drawing.
+        json: print n, psnr and psnr_tokenizer (dB) and exact (share of codes) as JSON.
+    """
+    return show(judge(source, json).infilling(lang, n_pictures, seed), json)
+
+
+def tokenizer(
+    size: int = 32,
+    level: int = 0,
+    split: Literal["tokenizer_heldout", "names", "all"] = "tokenizer_heldout",
+    source: Weights = Source(),
+    json: bool = False,
+) -> int:
+    """What the picture tokenizer loses on pictures that it was not trained on.
+
+    Args:
+        size: pixels a side.
+        level: rate; 0 is the finest.
+        split: tokenizer_heldout (characters that it saw in no colour), names, or all.
+        json: print n, psnr (dB), ssim, perplexity and more as JSON.
+    """
+    folder = source.folder()
+    from minicogview.checkpoint import load_vqvae
+    from minicogview.metrics import tokenizer_psnr
+
+    return show(tokenizer_psnr(load_vqvae(folder / "vqvae.safetensors"), size, split, level), json)
+
+
+def judge(source: Source, quiet: bool) -> Judge:
+    """The model that the options name, ready to be judged."""
+    model = source.load()
+    from minicogview.evaluate import Judge
+
+    return Judge(model, progress=not quiet)

@@ -1,0 +1,138 @@
+"""``minicogview generate``: texts in, PNG files and a contact sheet out.
+
+The idea: all that can be known to be wrong is checked before anything is drawn, a bad text does not keep the
+others from being drawn, and files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from minicogview.cli_shared import (
+    Folder,
+    OptionalFloat,
+    OptionalInt,
+    Report,
+    Source,
+    Weights,
+    check_folder,
+    complain,
+    one_line,
+    print_json,
+)
+from minicogview.errors import MiniCogViewError
+
+if TYPE_CHECKING:
+    from minicogview.pictures import Pictures
+    from minicogview.pipeline import CogView2
+
+Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+
+
+def generate(
+    texts: Texts,
+    /,
+    source: Weights = Source(),
+    n: int = 4,
+    seed: int = 0,
+    out: Folder = Path("pictures"),
+    scale: OptionalInt = None,
+    temperature: OptionalFloat = None,
+    top_k: OptionalInt = None,
+    guidance: OptionalFloat = None,
+    json: bool = False,
+) -> int:
+    """Draw pictures of texts: one PNG file for each, and all of them on one contact sheet.
+
+    Args:
+        texts: what to draw, in English or Chinese.
+        n: pictures of each text.
+        seed: picture i follows from seed + i alone.
+        out: folder for the files, made if missing.
+        scale: every pixel becomes a square of this side; 1: as drawn; default: small pictures are enlarged.
+        temperature: above 1 wilder, below 1 safer, 0 without chance; default: the preset's.
+        top_k: how many clusters of tokens stay in play; default: the preset's.
+        guidance: classifier-free guidance, 1 is none; default: the preset's.
+        json: print a list of texts with files, scores and seeds, or the error.
+    """
+    if not texts:
+        raise MiniCogViewError('no text was given: write for example minicogview generate "a red apple"')
+    if scale is not None and scale < 1:
+        raise MiniCogViewError(f"--scale is {scale}: use 1 (as drawn) or more")
+    if n < 1:
+        raise MiniCogViewError(f"--n is {n}: ask for 1 picture or more")
+    check_folder(out)
+    options = {"temperature": temperature, "top_k": top_k, "guidance": guidance}
+    sampling = {name: value for name, value in options.items() if value is not None}
+    model = source.load()
+
+    reports: list[Report] = []
+    rows, stems = [], set[str]()
+    for text in texts:
+        try:
+            pictures = draw(model, text, n, seed, sampling, progress=not json)
+        except MiniCogViewError as error:
+            complain(f"{text!r}: {error}" if len(texts) > 1 else str(error))
+            reports.append({"text": text, "error": one_line(error)})
+            continue
+        stem = free_stem(text, stems)
+        reports.append({"text": text, **write(pictures, out, stem, scale)})
+        rows.append(pictures.images)
+    if rows:
+        from minicogview.pictures import contact_sheet, save
+
+        sheet = out / "contact_sheet.png"
+        save(contact_sheet(rows, scale), sheet)
+        reports = [{**report, "sheet": str(sheet)} if "files" in report else report for report in reports]
+    if json:
+        print_json(reports)
+    else:
+        print_pictures(reports)
+    return 2 if len(rows) < len(texts) else 0
+
+
+def draw(model: CogView2, text: str, n: int, seed: int, sampling: dict[str, float], progress: bool) -> Pictures:
+    """Draw one text with a progress bar, where there is a terminal to show it."""
+    from tqdm import tqdm
+
+    hidden = None if progress else True  # None: hidden unless stderr is a terminal
+    with tqdm(desc=text[:40], unit=" tokens", leave=False, disable=hidden) as bar:
+        return model.generate(text, n, seed, lambda done: bar.update(done - bar.n) and None, **sampling)
+
+
+def write(pictures: Pictures, out: Path, stem: str, scale: int | None) -> Report:
+    """Write the pictures of one text as ``out/STEM_SEED.png``; what there is to say about them."""
+    from minicogview.pictures import enlarge, save
+
+    files = [out / f"{stem}_{seed}.png" for seed in pictures.seeds]
+    for image, path in zip(pictures, files, strict=True):
+        save(enlarge(image, scale), path)
+    scores = [round(score, 4) for score in pictures.scores.tolist()]
+    return {"files": [str(path) for path in files], "scores": scores, "seeds": pictures.seeds}
+
+
+def free_stem(text: str, taken: set[str]) -> str:
+    """A file name for a text, different from those taken, which it joins: "A red apple!" is "a-red-apple"."""
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    stem = unused = "-".join(words)[:40].strip("-") or "picture"
+    number = 1
+    while unused in taken:
+        number += 1
+        unused = f"{stem}-{number}"
+    taken.add(unused)
+    return unused
+
+
+def print_pictures(reports: Sequence[Report]) -> None:
+    """Where the pictures of each text are."""
+    drawn = [report for report in reports if "files" in report]
+    for report in drawn:
+        print(report["text"])
+        for path, score in zip(report["files"], report["scores"], strict=True):
+            print(f"    {path}    score {score:.2f}")
+    if drawn:
+        print(f"all on one sheet, texts from top to bottom: {drawn[0]['sheet']}")

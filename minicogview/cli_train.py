@@ -1,0 +1,118 @@
+"""``minicogview train``: the commands that made the shipped weights, with their settings as defaults.
+
+Killed training goes on from its checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from minicogview.cli_shared import Folder, OptionalFolder, OptionalInt, check_folder, show
+from minicogview.config import get_preset
+
+
+def train_text(out: Folder = Path("runs/toy"), json: bool = False) -> int:
+    """Train the toy's SentencePiece model on the emoji's names and tags (seconds).
+
+    Args:
+        out: folder that text.model is written into.
+        json: print the result as JSON.
+    """
+    check_folder(out)
+    from minicogview.training.text import train_toy
+
+    out.mkdir(parents=True, exist_ok=True)
+    train_toy(out / "text.model")
+    return show({"weights": str(out / "text.model")}, json)
+
+
+def train_vqvae(
+    out: Folder = Path("runs/toy"),
+    steps: int = 4000,
+    coarse_steps: int = 1200,
+    lr: float = 1.5e-3,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    start_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = True,
+    json: bool = False,
+) -> int:
+    """Train the toy's picture tokenizer on the emoji; the defaults made the shipped one.
+
+    Args:
+        out: folder for vqvae.safetensors, checkpoints and logs.
+        steps: updates of the encoder, the codebook and the finest decoder.
+        coarse_steps: updates of the two coarser rates afterwards.
+        lr: highest learning rate.
+        precision: of the forward passes.
+        start_from: weight file to go on from.
+        seed: of weights and batches.
+        device: auto, cpu, cuda, cuda:1, ...
+        resume: go on from the checkpoint in the folder, if there is one.
+        json: print the result as JSON.
+    """
+    check_folder(out)
+    from minicogview.training import vqvae
+
+    result = vqvae.train(
+        out, steps=steps, coarse_steps=coarse_steps, lr=lr, seed=seed, start_from=start_from,
+        precision=precision, device=device, resume=resume, progress=not json,
+    )  # fmt: skip
+    return show(result, json)
+
+
+def train_coglm(
+    preset: str = "toy",
+    weights: OptionalFolder = None,
+    out: Folder = Path("runs/toy"),
+    steps: int = 4000,
+    lr: float = 1.2e-3,
+    batch_size: int = 64,
+    warmup: int = 100,
+    weight_decay: float = 0.05,
+    ema_decay: float = 0.999,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    judge_every: OptionalInt = None,
+    seed: int = 0,
+    device: str = "auto",
+    compile: bool = False,
+    resume: bool = True,
+    json: bool = False,
+) -> int:
+    """Train the transformer on the emoji, on all of its tasks; the defaults made the shipped one.
+
+    Args:
+        preset: sizes of the model.
+        weights: folder with vqvae.safetensors and text.model; default: those that ship with the preset.
+        out: folder for coglm.safetensors, checkpoints and logs.
+        steps: updates.
+        lr: highest learning rate.
+        batch_size: samples in an update.
+        warmup: updates until the learning rate is reached.
+        weight_decay: of AdamW.
+        ema_decay: of the averaged weights, which are those that are kept.
+        precision: of the forward passes.
+        judge_every: updates between drawing 100 names of each split in each language; default: never.
+        seed: of weights and batches.
+        device: auto, cpu, cuda, cuda:1, ...
+        compile: compile the model first.
+        resume: go on from the checkpoint in the folder, if there is one.
+        json: print the result as JSON.
+    """
+    sizes = get_preset(preset)
+    check_folder(out)
+    from minicogview.pipeline import find_folder
+    from minicogview.training.coglm import CogLMRecipe
+    from minicogview.training.recipes import train_coglm as run
+
+    result = run(
+        sizes, find_folder(weights or preset), out, recipe=CogLMRecipe(batch_size=batch_size, seed=seed),
+        judge_every=judge_every, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
+        ema_decay=ema_decay, precision=precision, device=device, compile=compile, resume=resume,
+        progress=not json,
+    )  # fmt: skip
+    return show(result, json)

@@ -1,0 +1,111 @@
+"""What a preset costs: parameters, bytes and floating-point operations of each stage.
+
+The idea: on torch's "meta" device tensors have shapes but no numbers, so the real modules of the 6B model are
+built and run in a second, and every matrix product and convolution on the way is counted. One multiply-add is
+two operations; norms, activations and softmax are left out, as is usual.
+
+Simplified: one picture, without guidance. The nearest code of every cell is counted by its formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from minicogview.coglm import CogLM
+from minicogview.config import Preset
+from minicogview.transformer import KVCache
+from minicogview.vqvae import VQVAE
+
+
+def count_parameters(*modules: nn.Module | nn.Parameter) -> int:
+    """Numbers in these modules and parameters; each parameter once."""
+    parameters = {p for m in modules for p in (m.parameters() if isinstance(m, nn.Module) else [m])}
+    return sum(p.numel() for p in parameters)
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Operations of one call, without gradients."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def draw_flops(model: CogLM, text_tokens: int) -> int:
+    """Operations of one picture's tokens: the prompt in one pass, then token by token with the KV cache."""
+    n = model.config.layout.n_image
+    length = text_tokens + 1 + n
+
+    def step(n_tokens: int, n_before: int) -> int:
+        cache = KVCache(model.config.transformer, 1, length, "meta")
+        cache.length = n_before
+        tokens = torch.zeros(1, n_tokens, dtype=torch.long, device="meta")
+
+        def run() -> None:
+            hidden = model.transformer(tokens, tokens, None, cache)
+            model.transformer.logits(hidden[:, -1], model.config.n_codes)
+
+        return count_flops(run)
+
+    # A step's cost grows by the same amount each time, so the mean of the first and the last one is exact.
+    first, last = step(1, text_tokens + 1), step(1, length - 2)
+    return step(text_tokens + 1, 0) + (n - 1) * (first + last) // 2
+
+
+def encode_flops(vqvae: VQVAE, pixels: int, level: int) -> int:
+    """Operations from one picture of ``pixels`` a side to its codes."""
+    picture = torch.zeros(1, 3, pixels, pixels, device="meta")
+    cells = (pixels // vqvae.config.rates[level]) ** 2
+    search = 2 * cells * vqvae.config.codebook_size * vqvae.config.codebook_dim
+    return search + count_flops(lambda: vqvae.quantizer.project(vqvae.features(picture, level)))
+
+
+def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
+    """Parameters, bytes and operations of a preset's stages.
+
+    Args:
+        text_tokens: length of the text that is drawn.
+
+    Returns:
+        ``stages``: for each of "draw", "decode" and "encode" its ``parameters``, ``fp16_bytes``,
+        ``fp32_bytes``, and ``flops`` for one picture; "draw" has ``cache_fp16_bytes`` too, the KV cache of one
+        picture. ``total``: the same keys for all weights (each counted once, decoders of other rates included)
+        and for a text's way to pixels (draw and decode).
+    """
+    with torch.device("meta"):
+        coglm, vqvae = CogLM(preset.coglm), VQVAE(preset.vqvae)
+    level, grid, quantizer = preset.level, preset.layout.grid, vqvae.quantizer
+    codes = torch.zeros(1, grid, grid, dtype=torch.long, device="meta")
+    encoder = (vqvae.encoder, vqvae.halvers[:level], quantizer)
+    stages = {
+        "draw": _cost(count_parameters(coglm), draw_flops(coglm, text_tokens)),
+        "decode": _cost(
+            count_parameters(vqvae.decoder(level), quantizer.codebook),
+            count_flops(lambda: vqvae.decode(codes, level)),
+        ),
+        "encode": _cost(count_parameters(*encoder), encode_flops(vqvae, preset.coarse_pixels, level)),
+    }
+    sizes = preset.transformer
+    stages["draw"]["cache_fp16_bytes"] = 2 * 2 * sizes.n_layers * sizes.d_model * (text_tokens + grid * grid)
+    flops = stages["draw"]["flops"] + stages["decode"]["flops"]
+    return {
+        "preset": preset.name,
+        "pixels": preset.coarse_pixels,
+        "text_tokens": text_tokens,
+        "image_tokens": grid * grid,
+        "stages": stages,
+        "total": _cost(count_parameters(coglm, vqvae), flops),
+    }
+
+
+def _cost(parameters: int, flops: int) -> dict[str, int]:
+    return {
+        "parameters": parameters,
+        "fp16_bytes": 2 * parameters,
+        "fp32_bytes": 4 * parameters,
+        "flops": flops,
+    }

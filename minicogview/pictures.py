@@ -1,0 +1,101 @@
+"""Pictures that a model made: shown in a notebook, put on a contact sheet, written to files.
+
+The idea: what the toy draws is 32 pixels wide, too small for the eye, so pictures are shown with every pixel as
+a square of several; the pictures themselves stay as they were made. A file is written beside its place and then
+renamed, so that nobody ever finds half a picture.
+
+Shapes: ``n`` pictures, ``grid`` tokens along each side.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from minicogview.errors import MiniCogViewError
+
+VISIBLE = 128  # pixels: smaller pictures are enlarged for the eye
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures of one text: a sequence of PIL images that shows itself in a notebook.
+
+    Attributes:
+        images: as the model made them, not enlarged.
+        tokens: (n, grid, grid) int64 picture codes.
+        scores: (n,) float32, mean log-probability of the drawn tokens in nats, before temperature and top-k.
+        text: what was asked for. seeds: one for each picture.
+    """
+
+    images: list[Image.Image]
+    tokens: Tensor
+    scores: Tensor
+    text: str
+    seeds: list[int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.images)
+
+    def sheet(self, scale: int | None = None) -> Image.Image:
+        """All pictures on one, at most 8 in a row; see ``contact_sheet``."""
+        return contact_sheet([self.images], scale)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.sheet().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def enlarge(image: Image.Image, scale: int | None = None) -> Image.Image:
+    """Every pixel as a square of ``scale`` pixels; None: as few as make small pictures well visible."""
+    factor = scale or -(-VISIBLE // min(image.size))  # rounded up
+    if factor < 1:
+        raise MiniCogViewError(f"scale is {factor}: use 1 (as drawn) or more")
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], scale: int | None = None, columns: int = 8, gap: int = 4
+) -> Image.Image:
+    """Pictures of one size on a grid: each row begins a new line, a longer one than ``columns`` breaks.
+
+    Args:
+        scale: see ``enlarge``. gap: white pixels around every picture.
+    """
+    lines = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
+    cells = [[enlarge(image, scale) for image in line] for line in lines]
+    width, height = (side + gap for side in cells[0][0].size)
+    sheet = Image.new("RGB", (max(map(len, cells)) * width + gap, len(cells) * height + gap), "white")
+    for y, line in enumerate(cells):
+        for x, image in enumerate(line):
+            sheet.paste(image, (gap + x * width, gap + y * height))
+    return sheet
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG file, whole or not at all; its folder is made.
+
+    Raises:
+        MiniCogViewError: if the folder cannot be made or written to.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise MiniCogViewError(f"cannot write {path} ({error.strerror}): choose another folder") from None

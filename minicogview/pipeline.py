@@ -1,0 +1,305 @@
+"""From text to pictures, and everything else that one set of weights can do, as one object.
+
+The idea: a system is a transformer (``coglm.py``), a tokenizer with its picture half (``tokenizer.py``,
+``vqvae.py``) and the settings of the sampler (``sampling.py``). ``CogView2`` puts them together so that a
+person can hand in words and pictures and get words and pictures back.
+CogView2 (arXiv 2204.14217), section 3; mirrors the original's ``cogview2_text2image.py`` and
+``cogview2_completion.py``.
+
+Shapes: ``n`` pictures, ``grid`` tokens along each side, ``K`` picture codes.
+
+Simplified: the two stages that sharpen a picture are not here yet. Different on purpose: a picture follows from
+its own seed alone, whatever is drawn beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minicogview.checkpoint import load_coglm, load_vqvae
+from minicogview.coglm import CogLM, Filled
+from minicogview.config import PRESETS, CogLMConfig, Preset, SamplingConfig, VQVAEConfig, get_preset
+from minicogview.errors import MiniCogViewError
+from minicogview.pictures import Pictures
+from minicogview.sampling import Clusters, Sampler, cluster_codebook, load_labels
+from minicogview.tokenizer import Picture, Tokenizer
+from minicogview.vqvae import VQVAE
+
+SHIPPED = Path(__file__).parent / "weights"
+FILES = "vqvae.safetensors, coglm.safetensors and text.model"
+BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn
+
+
+@dataclass(eq=False)
+class CogView2:
+    """Text to pictures, pictures to text, and pictures with a hole to whole ones.
+
+    Attributes:
+        coglm: the transformer.
+        tokenizer: with its picture half; its ``level`` is the rate that ``coglm`` draws at.
+        sampling: defaults of every call. ``n_clusters`` 0 stands for plain top-k.
+        labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
+
+    Example:
+        >>> model = CogView2.from_pretrained("toy")
+        >>> pictures = model.generate("a red apple", n=2, seed=0)
+        >>> pictures[0].size, tuple(pictures.tokens.shape)
+        ((32, 32), (2, 8, 8))
+    """
+
+    coglm: CogLM
+    tokenizer: Tokenizer
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._clusters: dict[int, Clusters] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path = "toy", preset: str | Preset | None = None, device: str = "cpu"
+    ) -> CogView2:
+        """Load a preset whose weights ship with the package, or a folder of weights.
+
+        Args:
+            source: "toy"; or a folder with ``vqvae.safetensors``, ``coglm.safetensors``, ``text.model`` and
+                perhaps the original's ``cluster_label.npy``. Sizes are read from these files.
+            preset: of a folder: which preset's tokenizer rate and sampler settings to use; None: of the one
+                that has the sizes in the files.
+            device: where the models go.
+
+        Raises:
+            MiniCogViewError: if there is no such preset or folder, or a file is missing, damaged or of
+                another model.
+        """
+        folder = find_folder(source)
+        if preset is None and isinstance(source, str) and source in PRESETS:
+            preset = source
+        coglm = load_coglm(folder / "coglm.safetensors").to(device)
+        vqvae = load_vqvae(folder / "vqvae.safetensors").to(device)
+        chosen = preset if isinstance(preset, Preset) else _preset_of(preset, coglm.config, vqvae.config, folder)
+        tokenizer = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, chosen.level)
+        _check_fit(coglm.config, tokenizer, folder)
+        label_file = folder / "cluster_label.npy"
+        labels = load_labels(label_file, coglm.config.n_codes) if label_file.exists() else None
+        return cls(coglm, tokenizer, chosen.sampling, labels)
+
+    # --- sizes and settings
+
+    @property
+    def vqvae(self) -> VQVAE:
+        """The tokenizer's picture half."""
+        assert self.tokenizer.vqvae is not None, "CogView2 needs a tokenizer that was made with a VQVAE"
+        return self.tokenizer.vqvae
+
+    @property
+    def grid(self) -> int:
+        """Tokens along each side of a picture."""
+        return self.coglm.config.layout.grid
+
+    @property
+    def size(self) -> int:
+        """Pixels along each side of a picture."""
+        return self.grid * self.vqvae.config.rates[self.tokenizer.level]
+
+    def clusters(self, n_clusters: int) -> Clusters | None:
+        """Clusters of the picture codes, made once; None for ``n_clusters`` 0, which is plain top-k."""
+        if n_clusters == 0:
+            return None
+        if n_clusters not in self._clusters:
+            labels = self.labels
+            if labels is None:
+                labels = cluster_codebook(self.vqvae.quantizer.codebook, n_clusters)
+            self._clusters[n_clusters] = Clusters.of(labels)
+        return self._clusters[n_clusters]
+
+    def sampler(self, seeds: Sequence[int], sampling: SamplingConfig | None = None) -> Sampler:
+        """What draws the tokens of pictures with these seeds."""
+        sampling = sampling or self.sampling
+        return Sampler(seeds, sampling, self.clusters(sampling.n_clusters), self.grid**2)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, blanks around it left out.
+
+        Raises:
+            MiniCogViewError: if the text is empty, or has more tokens than fit.
+        """
+        ids = self.tokenizer.encode(text.strip())
+        if not ids:
+            raise MiniCogViewError("the text is empty: say in words what the picture shows")
+        self.coglm.check_text(ids)
+        return ids
+
+    def codes(self, picture: Picture) -> Tensor:
+        """Picture codes (grid, grid) of a file, a PIL image or a (3, H, W) tensor, which is made square.
+
+        A tensor (grid, grid) is taken for codes and given back.
+
+        Raises:
+            MiniCogViewError: if the picture cannot be read, or codes have another shape or range.
+        """
+        if not (isinstance(picture, Tensor) and picture.ndim == 2):
+            return self.tokenizer.encode_picture(picture, size=self.size)
+        n_codes = self.coglm.config.n_codes
+        if picture.shape != (self.grid, self.grid) or picture.min() < 0 or picture.max() >= n_codes:
+            raise MiniCogViewError(
+                f"codes of shape {tuple(picture.shape)}, from {picture.min()} to {picture.max()}: "
+                f"give ({self.grid}, {self.grid}) with values 0..{n_codes - 1}, or a picture"
+            )
+        return picture.long()
+
+    # --- tasks
+
+    def generate(
+        self,
+        text: str,
+        n: int = 4,
+        seed: int = 0,
+        on_step: Callable[[int], None] | None = None,
+        **sampling: float,
+    ) -> Pictures:
+        """Draw ``n`` pictures of a text.
+
+        Args:
+            text: English or Chinese.
+            seed: picture ``i`` follows from ``seed + i`` alone, not from ``n``.
+            on_step: called with the number of tokens done so far, ``grid ** 2`` for each 32 pictures.
+            sampling: ``temperature``, ``top_k``, ``guidance`` and so on instead of the preset's; see
+                ``config.SamplingConfig``.
+
+        Raises:
+            MiniCogViewError: if the text is empty or too long, n is below 1, or a setting is wrong.
+        """
+        settings, ids = self._settings(sampling), self.encode(text)
+
+        def draw(seeds: list[int], done: int) -> Filled:
+            report = None if on_step is None else lambda step: on_step(done + step)
+            sampler = self.sampler(seeds, settings)
+            return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
+
+        return self._in_batches(draw, text, n, seed)
+
+    def complete(
+        self, text: str, picture: Picture, region: Any, n: int = 1, seed: int = 0, **sampling: float
+    ) -> Pictures:
+        """Draw a part of a picture anew, with the text and the rest of the picture in view.
+
+        Args:
+            picture: file, PIL image, tensor (3, H, W), or codes (grid, grid).
+            region: (grid, grid) tensor, array or lists, 1 = draw anew.
+            n, seed, sampling: as for ``generate``; guidance has no effect here.
+
+        Raises:
+            MiniCogViewError: as ``generate``; or if the region has another shape, or nothing is to be drawn.
+        """
+        settings, ids, codes = self._settings(sampling), self.encode(text), self.codes(picture)
+        hole = torch.as_tensor(region).bool()
+        if hole.shape != (self.grid, self.grid) or not hole.any():
+            raise MiniCogViewError(
+                f"region of shape {tuple(hole.shape)} with {int(hole.sum())} cells to draw: "
+                f"give ({self.grid}, {self.grid}) with 1 where the picture is to be drawn anew"
+            )
+
+        def draw(seeds: list[int], done: int) -> Filled:
+            sampler = self.sampler(seeds, settings)
+            return self.coglm.complete(ids, codes.flatten(), hole, sampler, len(seeds), settings.text_weight)
+
+        return self._in_batches(draw, text, n, seed)
+
+    def caption(self, picture: Picture, language: str = "en") -> str:
+        """Describe a picture in words, "en" or "zh": the likeliest word after word."""
+        codes = self.codes(picture).flatten()
+        return self.tokenizer.decode(self.coglm.caption(codes, self._start(language), self.tokenizer.eos))
+
+    def score(self, picture: Picture, texts: Sequence[str]) -> Tensor:
+        """How well each text describes a picture: (texts,) mean log-probability of its tokens in nats.
+
+        Texts of both languages may be mixed. Post-selection keeps the pictures that score highest.
+        """
+        codes = self.codes(picture).flatten()[None]
+        scores = torch.empty(len(texts))
+        ids = [[*self.encode(text), self.tokenizer.eos] for text in texts]
+        starts = [self.tokenizer.language_token(row[:-1]) for row in ids]
+        for start in set(starts):
+            rows = [i for i, other in enumerate(starts) if other == start]
+            scores[rows] = self.coglm.score_captions(codes, [ids[i] for i in rows], start).cpu()
+        return scores
+
+    # --- helpers
+
+    def _settings(self, overrides: dict[str, Any]) -> SamplingConfig:
+        known = [item.name for item in dataclasses.fields(SamplingConfig)]
+        for name in overrides:
+            if name not in known:
+                raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
+        return dataclasses.replace(self.sampling, **overrides)
+
+    def _start(self, language: str) -> int:
+        starts = {"en": self.tokenizer.boe, "zh": self.tokenizer.boc}
+        if language not in starts:
+            raise MiniCogViewError(f"no captions in language {language!r}: choose en or zh")
+        return starts[language]
+
+    def _in_batches(self, draw: Callable[[list[int], int], Filled], text: str, n: int, seed: int) -> Pictures:
+        """Call ``draw(seeds, tokens done before)`` for at most BATCH pictures at a time; decode what it returns."""
+        if n < 1:
+            raise MiniCogViewError(f"n is {n}: ask for 1 picture or more")
+        if not 0 <= seed <= 2**63 - n:
+            raise MiniCogViewError(f"seed is {seed}: use a whole number from 0 to 2 ** 63 - n")
+        seeds = list(range(seed, seed + n))
+        starts = range(0, n, BATCH)
+        drawn = [draw(seeds[i : i + BATCH], i // BATCH * self.grid**2) for i in starts]
+        tokens = rearrange(torch.cat([part.tokens for part in drawn]), "n (h w) -> n h w", h=self.grid).cpu()
+        # One by one: in a batch the decoder rounds differently, and a picture must not depend on its neighbours.
+        images = [self.tokenizer.decode_picture(codes) for codes in tokens]
+        return Pictures(images, tokens, torch.cat([part.scores for part in drawn]).cpu(), text, seeds)
+
+
+# --- loading
+
+
+def find_folder(source: str | Path) -> Path:
+    """The folder of a preset's shipped weights, or the user's own."""
+    if isinstance(source, str) and source in PRESETS:
+        if (SHIPPED / source).is_dir():
+            return SHIPPED / source
+        raise MiniCogViewError(f"no weights ship with the preset {source!r}: give the folder of your own, with {FILES}")
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    raise MiniCogViewError(
+        f"{str(source)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder: give one of these names, "
+        f"or a folder with {FILES}"
+    )
+
+
+def _preset_of(name: str | None, config: CogLMConfig, vqvae: VQVAEConfig, folder: Path) -> Preset:
+    """The named preset, or the one that has the sizes found in a folder."""
+    if name is not None:
+        return get_preset(name)
+    for preset in PRESETS.values():
+        if preset.coglm == config and preset.vqvae == vqvae:
+            return preset
+    raise MiniCogViewError(
+        f"the weights in {folder} have the sizes of no preset: name the preset whose tokenizer rate and sampler "
+        f"settings they should be used with ({', '.join(PRESETS)})"
+    )
+
+
+def _check_fit(config: CogLMConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Refuse files of different models: their ids would mean different things."""
+    needed = (config.n_codes, config.transformer.vocab_size, config.ids.boi)
+    found = (tokenizer.codebook_size, tokenizer.vocab_size, tokenizer.boi)
+    if needed != found:
+        raise MiniCogViewError(
+            f"the files in {folder} belong to different models: coglm.safetensors expects {needed[0]} picture codes "
+            f"and {needed[1]} ids in all, vqvae.safetensors and text.model have {found[0]} and {found[1]}"
+        )

@@ -1,0 +1,113 @@
+"""The CogLM objective: batches follow from (seed, step), every task is in them, and they can be learned."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from minicogview.coglm import CogLM
+from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig
+from minicogview.data import shapes
+from minicogview.tokenizer import Tokenizer
+from minicogview.training import fit
+from minicogview.training.coglm import (
+    CogLMData,
+    CogLMObjective,
+    CogLMRecipe,
+    draw_region,
+    embed_codebook,
+    spread_targets,
+)
+from minicogview.training.recipes import TOY_WEIGHTS
+
+CODES = 16
+
+
+@pytest.fixture(scope="module")
+def data() -> CogLMData:
+    generator = torch.Generator().manual_seed(0)
+    tokenizer = Tokenizer(TOY_WEIGHTS / "text.model", CODES)
+    scenes = [shapes.random_scene(random.Random(i)) for i in range(12)]
+    codes = torch.randint(CODES, (12, 16), generator=generator)
+    return CogLMData(codes, lambda i, language, rng: shapes.caption(scenes[i], language), tokenizer)
+
+
+def make(data: CogLMData, **recipe: object) -> CogLMObjective:
+    torch.manual_seed(0)
+    tokenizer = data.tokenizer
+    layout = LayoutConfig(max_text=32, grid=4, n_patches=2, patch_size=2)
+    sizes = TransformerConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=tokenizer.vocab_size, max_positions=49)
+    model = CogLM(CogLMConfig(sizes, layout, tokenizer.special_ids, CODES))
+    codebook = torch.randn(CODES, 4, generator=torch.Generator().manual_seed(1))
+    return CogLMObjective(model, data, codebook, CogLMRecipe(**({"batch_size": 16, "n_neighbours": 3} | recipe)))
+
+
+def test_batches_depend_on_seed_and_step_alone(data: CogLMData) -> None:
+    one, two = make(data), make(data)
+    two.batch(3)  # another history
+    for name, value in vars(one.batch(9)).items():
+        assert torch.equal(value, getattr(two.batch(9), name)), name
+    assert not torch.equal(one.batch(9).tokens, make(data, seed=1).batch(9).tokens)
+
+
+@pytest.mark.parametrize("task", range(4))
+def test_every_task_predicts_what_it_should(data: CogLMData, task: int) -> None:
+    shares = tuple(float(i == task) for i in range(4))
+    objective = make(data, shares=shares, max_noise=0.0, no_caption=0.0)
+    batch = objective.batch(0)
+    labels = batch.labels[batch.loss_mask]
+    pictures = labels < CODES
+    if task == 0:
+        assert pictures.all() and len(labels) == 16 * 16
+    elif task == 2:
+        assert pictures.all() and 0 < len(labels) < 16 * 16
+    elif task == 3:
+        assert not pictures.any() and len(labels) > 0
+    else:
+        assert pictures.any() and (labels == data.tokenizer.eos).sum() == 16  # one end a caption
+
+
+def test_noise_changes_inputs_and_never_labels(data: CogLMData) -> None:
+    clean = make(data, max_noise=0.0, shares=(1.0, 0.0, 0.0, 0.0)).batch(0)
+    noisy = make(data, max_noise=0.9, shares=(1.0, 0.0, 0.0, 0.0)).batch(0)
+    assert torch.equal(clean.labels, noisy.labels)
+    changed = clean.tokens != noisy.tokens
+    assert changed.any() and (clean.tokens[changed] < CODES).all() and (noisy.tokens[changed] < CODES).all()
+
+
+def test_targets_are_distributions_and_favour_the_true_code() -> None:
+    targets = spread_targets(torch.randn(CODES, 4, generator=torch.Generator().manual_seed(0)), 0.1, 3)
+    assert torch.allclose(targets.sum(1), torch.ones(CODES))
+    assert torch.equal(targets.argmax(1), torch.arange(CODES))
+    assert torch.allclose(targets.diagonal(), torch.full((CODES,), 0.9))
+
+
+def test_embeddings_keep_the_codebook_neighbourhoods(data: CogLMData) -> None:
+    objective = make(data)
+    codebook = torch.randn(CODES, 4, generator=torch.Generator().manual_seed(2))
+    embed_codebook(objective.model, codebook, torch.Generator().manual_seed(3))
+    table = objective.model.transformer.token_embedding.weight[:CODES]
+    upper = torch.triu_indices(CODES, CODES, 1)
+    before = torch.cdist(codebook, codebook)[upper[0], upper[1]]
+    after = torch.cdist(table, table)[upper[0], upper[1]]
+    assert torch.corrcoef(torch.stack([before, after]))[0, 1] > 0.8
+
+
+def test_regions_are_holes_of_the_right_size() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        region = draw_region(8, rng)
+        assert region.shape == (8, 8) and region.dtype == torch.bool and region.any()
+
+
+def test_all_tasks_are_learned_together(data: CogLMData, tmp_path) -> None:
+    objective = make(data, max_noise=0.05, spread=0.0)
+    with torch.no_grad():
+        before = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
+    fit(objective, tmp_path, steps=150, lr=3e-3, warmup=10, ema_decay=0.9, progress=False)
+    with torch.no_grad():
+        after = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
+    assert after < 0.6 * before
