@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from minicogview.cli_shared import Language, OptionalInt, Source, Weights, show
+from minicogview.cli_shared import SHIPPED, Language, OptionalInt, Source, Weights, show
 
 if TYPE_CHECKING:
     from minicogview.evaluate import Judge
@@ -16,7 +16,7 @@ def retrieval(
     template: bool = False,
     limit: OptionalInt = None,
     seed: int = 0,
-    source: Weights = Source(),
+    source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
     """Draw every name once and look for the nearest of all emoji pictures.
@@ -25,7 +25,7 @@ def retrieval(
         split: names (without skin tones), train, heldout (characters and tones never seen together), or all.
         lang: language of the names.
         template: put each name into a sentence, such as "a picture of ...".
-        limit: judge a fixed random choice of so many names.
+        limit: judge a fixed random choice of so many names; all if not given.
         seed: picture i is drawn with seed + i.
         json: print n, top1, top5 and same_tone (shares from 0 to 1; null where no picture has a tone) as JSON.
     """
@@ -37,7 +37,7 @@ def captioning(
     n_pictures: int = 200,
     n_names: int = 100,
     seed: int = 0,
-    source: Weights = Source(),
+    source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
     """How often a picture's true name is the likeliest of many names.
@@ -56,7 +56,7 @@ def infilling(
     lang: Language = "en",
     n_pictures: int = 100,
     seed: int = 0,
-    source: Weights = Source(),
+    source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
     """Hide the right half of training pictures and fill it in.
@@ -74,7 +74,7 @@ def tokenizer(
     size: int = 32,
     level: int = 0,
     split: Literal["tokenizer_heldout", "names", "all"] = "tokenizer_heldout",
-    source: Weights = Source(),
+    source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
     """What the picture tokenizer loses on pictures that it was not trained on.

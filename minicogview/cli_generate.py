@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from minicogview.cli_shared import (
+    SHIPPED,
     Folder,
     OptionalFloat,
     OptionalInt,
     Report,
-    Source,
     Weights,
     check_folder,
     complain,
@@ -30,13 +30,16 @@ if TYPE_CHECKING:
     from minicogview.pictures import Pictures
     from minicogview.pipeline import CogView2
 
-Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+Texts = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")
+]
+LARGE = 256  # pixels: smaller pictures are enlarged in the files
 
 
 def generate(
     texts: Texts,
     /,
-    source: Weights = Source(),
+    source: Weights = SHIPPED,
     n: int = 4,
     seed: int = 0,
     out: Folder = Path("pictures"),
@@ -53,10 +56,10 @@ def generate(
         n: pictures of each text.
         seed: picture i follows from seed + i alone.
         out: folder for the files, made if missing.
-        scale: every pixel becomes a square of this side; 1: as drawn; default: small pictures are enlarged.
-        temperature: above 1 wilder, below 1 safer, 0 without chance; default: the preset's.
-        top_k: how many clusters of tokens stay in play; default: the preset's.
-        guidance: classifier-free guidance, 1 is none; default: the preset's.
+        scale: every pixel becomes a square of this side; 1: as drawn; if not given, small pictures get 256 pixels.
+        temperature: above 1 wilder, below 1 safer, 0 without chance; the preset's if not given.
+        top_k: how many clusters of tokens stay in play; the preset's if not given.
+        guidance: classifier-free guidance, 1 is none; the preset's if not given.
         json: print a list of texts with files, scores and seeds, or the error.
     """
     if not texts:
@@ -65,10 +68,16 @@ def generate(
         raise MiniCogViewError(f"--scale is {scale}: use 1 (as drawn) or more")
     if n < 1:
         raise MiniCogViewError(f"--n is {n}: ask for 1 picture or more")
+    if not 0 <= seed < 2**62:
+        raise MiniCogViewError(f"--seed is {seed}: use a whole number from 0 to 2 ** 62")
     check_folder(out)
     options = {"temperature": temperature, "top_k": top_k, "guidance": guidance}
     sampling = {name: value for name, value in options.items() if value is not None}
     model = source.load()
+    model.settings(sampling)  # wrong ones are reported once, not for every text
+    from minicogview.pictures import contact_sheet, save, scale_to
+
+    scale = scale or scale_to(model.size, LARGE)
 
     reports: list[Report] = []
     rows, stems = [], set[str]()
@@ -76,15 +85,13 @@ def generate(
         try:
             pictures = draw(model, text, n, seed, sampling, progress=not json)
         except MiniCogViewError as error:
-            complain(f"{text!r}: {error}" if len(texts) > 1 else str(error))
+            complain(f"{shorten(text)!r}: {error}" if len(texts) > 1 else str(error))
             reports.append({"text": text, "error": one_line(error)})
             continue
         stem = free_stem(text, stems)
         reports.append({"text": text, **write(pictures, out, stem, scale)})
         rows.append(pictures.images)
     if rows:
-        from minicogview.pictures import contact_sheet, save
-
         sheet = out / "contact_sheet.png"
         save(contact_sheet(rows, scale), sheet)
         reports = [{**report, "sheet": str(sheet)} if "files" in report else report for report in reports]
@@ -100,11 +107,15 @@ def draw(model: CogView2, text: str, n: int, seed: int, sampling: dict[str, floa
     from tqdm import tqdm
 
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
-    with tqdm(desc=text[:40], unit=" tokens", leave=False, disable=hidden) as bar:
-        return model.generate(text, n, seed, lambda done: bar.update(done - bar.n) and None, **sampling)
+    with tqdm(desc=shorten(text), unit=" tokens", leave=False, disable=hidden) as bar:
+
+        def on_step(done: int) -> None:
+            bar.update(done - bar.n)
+
+        return model.generate(text, n, seed, on_step, **sampling)
 
 
-def write(pictures: Pictures, out: Path, stem: str, scale: int | None) -> Report:
+def write(pictures: Pictures, out: Path, stem: str, scale: int) -> Report:
     """Write the pictures of one text as ``out/STEM_SEED.png``; what there is to say about them."""
     from minicogview.pictures import enlarge, save
 
@@ -113,6 +124,11 @@ def write(pictures: Pictures, out: Path, stem: str, scale: int | None) -> Report
         save(enlarge(image, scale), path)
     scores = [round(score, 4) for score in pictures.scores.tolist()]
     return {"files": [str(path) for path in files], "scores": scores, "seeds": pictures.seeds}
+
+
+def shorten(text: str, limit: int = 40) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def free_stem(text: str, taken: set[str]) -> str:

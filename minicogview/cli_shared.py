@@ -22,11 +22,12 @@ from minicogview.errors import MiniCogViewError
 if TYPE_CHECKING:
     from minicogview.pipeline import CogView2
 
-# tyro would show the type's alternatives ("{None}|STR") where a reader wants a name.
+# Left alone, tyro would show "{None}|INT" and "(default: None)"; the help texts say what a missing option means.
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 Language = Literal["en", "zh"]
 Report = dict[str, Any]
 
@@ -35,8 +36,8 @@ Report = dict[str, Any]
 class Source:
     """Which weights to use."""
 
-    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """toy, unless there are --weights: then the preset that has the sizes in these files"""
+    preset: OptionalName = None
+    """toy if not given; with --weights, the preset that has the sizes in these files"""
     weights: OptionalFolder = None
     """folder with your own vqvae.safetensors, coglm.safetensors and text.model"""
 
@@ -57,6 +58,7 @@ class Source:
 
 
 Weights = Annotated[Source, tyro.conf.arg(name="")]  # options without a prefix: --preset, --weights
+SHIPPED = Source()
 
 
 def check_folder(folder: Path) -> None:
@@ -93,9 +95,8 @@ def print_json(value: Any) -> None:
 
 def show(result: Report, json: bool) -> int:
     """A flat result, as JSON (numbers that do not exist become null) or one line for each entry."""
-    missing = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in result.items()}
     if json:
-        print_json(missing)
+        print_json({key: None if isinstance(v, float) and math.isnan(v) else v for key, v in result.items()})
     else:
         for key, value in result.items():
             print(f"{key:16} {value:.4f}" if isinstance(value, float) else f"{key:16} {value}")

@@ -5,6 +5,7 @@ Killed training goes on from its checkpoint when the same command is given again
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,7 +88,7 @@ def train_coglm(
 
     Args:
         preset: sizes of the model.
-        weights: folder with vqvae.safetensors and text.model; default: those that ship with the preset.
+        weights: folder with vqvae.safetensors and text.model; those that ship with the preset if not given.
         out: folder for coglm.safetensors, checkpoints and logs.
         steps: updates.
         lr: highest learning rate.
@@ -96,7 +97,7 @@ def train_coglm(
         weight_decay: of AdamW.
         ema_decay: of the averaged weights, which are those that are kept.
         precision: of the forward passes.
-        judge_every: updates between drawing 100 names of each split in each language; default: never.
+        judge_every: updates between drawing 100 names of each split in each language; never if not given.
         seed: of weights and batches.
         device: auto, cpu, cuda, cuda:1, ...
         compile: compile the model first.
@@ -109,10 +110,13 @@ def train_coglm(
     from minicogview.training.coglm import CogLMRecipe
     from minicogview.training.recipes import train_coglm as run
 
+    folder = find_folder(weights or preset)
     result = run(
-        sizes, find_folder(weights or preset), out, recipe=CogLMRecipe(batch_size=batch_size, seed=seed),
-        judge_every=judge_every, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
-        ema_decay=ema_decay, precision=precision, device=device, compile=compile, resume=resume,
-        progress=not json,
+        sizes, folder, out, recipe=CogLMRecipe(batch_size=batch_size, seed=seed), judge_every=judge_every,
+        steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay, ema_decay=ema_decay,
+        precision=precision, device=device, compile=compile, resume=resume, progress=not json,
     )  # fmt: skip
-    return show(result, json)
+    for name in ("vqvae.safetensors", "text.model"):
+        if not (out / name).exists():  # with them, --weights takes the folder as it is
+            shutil.copyfile(folder / name, out / name)
+    return show({"weights": str(out / "coglm.safetensors"), **result}, json)

@@ -10,6 +10,7 @@ Simplified: one picture, without guidance. The nearest code of every cell is cou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minicogview.coglm import CogLM
-from minicogview.config import Preset
+from minicogview.config import CogLMConfig, Preset
 from minicogview.transformer import KVCache
 from minicogview.vqvae import VQVAE
 
@@ -35,8 +36,21 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def draw_flops(model: CogLM, text_tokens: int) -> int:
-    """Operations of one picture's tokens: the prompt in one pass, then token by token with the KV cache."""
+def draw_flops(config: CogLMConfig, text_tokens: int) -> int:
+    """Operations of one picture's tokens."""
+
+    def of_layers(n_layers: int) -> int:
+        transformer = replace(config.transformer, n_layers=n_layers)
+        with torch.device("meta"):
+            return _draw_flops(CogLM(replace(config, transformer=transformer)), text_tokens)
+
+    # All layers are alike: models of one and of two layers tell what a layer costs.
+    one, two = of_layers(1), of_layers(2)
+    return one + (config.transformer.n_layers - 1) * (two - one)
+
+
+def _draw_flops(model: CogLM, text_tokens: int) -> int:
+    """As ``CogLM.generate``: the prompt in one pass, then token by token with the KV cache."""
     n = model.config.layout.n_image
     length = text_tokens + 1 + n
 
@@ -82,7 +96,7 @@ def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
     codes = torch.zeros(1, grid, grid, dtype=torch.long, device="meta")
     encoder = (vqvae.encoder, vqvae.halvers[:level], quantizer)
     stages = {
-        "draw": _cost(count_parameters(coglm), draw_flops(coglm, text_tokens)),
+        "draw": _cost(count_parameters(coglm), draw_flops(preset.coglm, text_tokens)),
         "decode": _cost(
             count_parameters(vqvae.decoder(level), quantizer.codebook),
             count_flops(lambda: vqvae.decode(codes, level)),

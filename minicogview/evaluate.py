@@ -83,7 +83,8 @@ class Judge:
         A picture as near as the wanted one does not push it back: identical drawings count as the same.
         """
         drawn = decode_all(self.vqvae, codes, self.level).flatten(1)
-        distances = torch.cdist(drawn, self.gallery.flatten(1))  # (M, N)
+        exact = "donot_use_mm_for_euclid_dist"  # products round so much that identical drawings would differ
+        distances = torch.cdist(drawn, self.gallery.flatten(1), compute_mode=exact)  # (M, N)
         wanted = distances.gather(1, targets[:, None])
         return (distances < wanted - 1e-4).sum(1), distances.argmin(1)
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.vqvae import VQVAE
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels; the published choice
@@ -71,9 +72,7 @@ def perplexity(codes: Tensor, codebook_size: int) -> float:
     return float(torch.exp(-(share * share.clamp_min(1e-30).log()).sum()))
 
 
-def tokenizer_psnr(
-    vqvae: VQVAE, size: int, split: str = "tokenizer_heldout", level: int = 0
-) -> dict[str, float]:
+def tokenizer_psnr(vqvae: VQVAE, size: int, split: str = "tokenizer_heldout", level: int = 0) -> dict[str, float]:
     """What the tokenizer loses on the emoji of one split, drawn at ``size`` pixels.
 
     Returns:
@@ -83,12 +82,10 @@ def tokenizer_psnr(
     Raises:
         MiniCogViewError: for an unknown split, or a size that the level's rate does not divide.
     """
-    from minicogview.data.emoji import indices, load_emoji, render
-
     rows = indices(load_emoji(split))
     pixels = torch.from_numpy(render(size)[rows])
     reference = rearrange(pixels, "n h w c -> n c h w").float() / 255
-    decoded, codes = reconstruct(vqvae.eval(), reference, level)
+    decoded, codes = reconstruct(vqvae, reference, level)
     error = (decoded - reference).pow(2).mean()
     return {
         "n": len(reference),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
 
-VISIBLE = 128  # pixels: smaller pictures are enlarged for the eye
+VISIBLE = 128  # pixels: smaller pictures are enlarged in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class Pictures:
         return iter(self.images)
 
     def sheet(self, scale: int | None = None) -> Image.Image:
-        """All pictures on one, at most 8 in a row; see ``contact_sheet``."""
-        return contact_sheet([self.images], scale)
+        """All pictures on one, at most 8 in a row; ``scale`` as for ``enlarge``, None: well visible."""
+        return contact_sheet([self.images], scale or scale_to(self.images[0].width, VISIBLE))
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -59,17 +59,28 @@ class Pictures:
         return buffer.getvalue()
 
 
-def enlarge(image: Image.Image, scale: int | None = None) -> Image.Image:
-    """Every pixel as a square of ``scale`` pixels; None: as few as make small pictures well visible."""
-    factor = scale or -(-VISIBLE // min(image.size))  # rounded up
-    if factor < 1:
-        raise MiniCogViewError(f"scale is {factor}: use 1 (as drawn) or more")
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+def scale_to(side: int, pixels: int) -> int:
+    """The least whole scale that makes ``side`` at least ``pixels``.
+
+    Example:
+        >>> scale_to(32, 128), scale_to(160, 128), scale_to(480, 128)
+        (4, 1, 1)
+    """
+    return -(-pixels // side)
 
 
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], scale: int | None = None, columns: int = 8, gap: int = 4
-) -> Image.Image:
+def enlarge(image: Image.Image, scale: int) -> Image.Image:
+    """Every pixel as a square of ``scale`` pixels.
+
+    Raises:
+        MiniCogViewError: if the scale is below 1.
+    """
+    if scale < 1:
+        raise MiniCogViewError(f"scale is {scale}: use 1 (as drawn) or more")
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def contact_sheet(rows: Sequence[Sequence[Image.Image]], scale: int = 1, columns: int = 8, gap: int = 4) -> Image.Image:
     """Pictures of one size on a grid: each row begins a new line, a longer one than ``columns`` breaks.
 
     Args:

@@ -15,6 +15,7 @@ its own seed alone, whatever is drawn beside it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, CogLMConfig, Preset, SamplingConfig, VQVAEConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import Pictures
-from minicogview.sampling import Clusters, Sampler, cluster_codebook, load_labels
+from minicogview.sampling import Clusters, Sampler, check, cluster_codebook, load_labels
 from minicogview.tokenizer import Picture, Tokenizer
 from minicogview.vqvae import VQVAE
 
@@ -126,6 +127,22 @@ class CogView2:
         sampling = sampling or self.sampling
         return Sampler(seeds, sampling, self.clusters(sampling.n_clusters), self.grid**2)
 
+    def settings(self, overrides: dict[str, Any]) -> SamplingConfig:
+        """The sampler's settings with some of them replaced.
+
+        Raises:
+            MiniCogViewError: if there is no such setting, or its value makes no sense.
+        """
+        known = [item.name for item in dataclasses.fields(SamplingConfig)]
+        for name, value in overrides.items():
+            if name not in known:
+                raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
+            if not math.isfinite(value):
+                raise MiniCogViewError(f"{name} is {value}: give a finite number")
+        settings = dataclasses.replace(self.sampling, **overrides)
+        check(settings)
+        return settings
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, blanks around it left out.
 
@@ -178,7 +195,7 @@ class CogView2:
         Raises:
             MiniCogViewError: if the text is empty or too long, n is below 1, or a setting is wrong.
         """
-        settings, ids = self._settings(sampling), self.encode(text)
+        settings, ids = self.settings(sampling), self.encode(text)
 
         def draw(seeds: list[int], done: int) -> Filled:
             report = None if on_step is None else lambda step: on_step(done + step)
@@ -200,7 +217,7 @@ class CogView2:
         Raises:
             MiniCogViewError: as ``generate``; or if the region has another shape, or nothing is to be drawn.
         """
-        settings, ids, codes = self._settings(sampling), self.encode(text), self.codes(picture)
+        settings, ids, codes = self.settings(sampling), self.encode(text), self.codes(picture)
         hole = torch.as_tensor(region).bool()
         if hole.shape != (self.grid, self.grid) or not hole.any():
             raise MiniCogViewError(
@@ -234,13 +251,6 @@ class CogView2:
         return scores
 
     # --- helpers
-
-    def _settings(self, overrides: dict[str, Any]) -> SamplingConfig:
-        known = [item.name for item in dataclasses.fields(SamplingConfig)]
-        for name in overrides:
-            if name not in known:
-                raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
-        return dataclasses.replace(self.sampling, **overrides)
 
     def _start(self, language: str) -> int:
         starts = {"en": self.tokenizer.boe, "zh": self.tokenizer.boc}

@@ -204,19 +204,14 @@ def histogram(series: Mapping[str, Any], xlabel: str, ylabel: str = "count", bin
 
 
 def attention_maps(
-    maps: Tensor,
-    titles: Sequence[str] = (),
-    columns: int = 4,
-    title: str = "",
-    of: str = "token",
-    label: str = "share of attention",
+    maps: Tensor, titles: Sequence[str] = (), columns: int = 4, title: str = "", of: str = "token", label: str = "share"
 ) -> Figure:
     """Attention of several heads, on one scale from 0.
 
     Args:
         maps: (N, S, S), row = the token that looks; or (N, grid, grid): where one token looks in the picture,
             then with ``of="cell"``.
-        label: what the numbers are, where they are not attention.
+        label: what the numbers are (a share of all attention); an empty one leaves the colour bar out.
     """
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
@@ -228,11 +223,12 @@ def attention_maps(
             ax.axis("off")
             continue
         shown = ax.imshow(numbers(maps[number]), cmap=MAP, vmin=0, vmax=float(maps.max()))
+        ax.locator_params(integer=True)
         ax.set_title(titles[number] if titles else f"head {number}")
         ax.set_xlabel("cell column" if of == "cell" else "token looked at")
         if number % columns == 0:
             ax.set_ylabel("cell row" if of == "cell" else "token that looks")
-    if shown is not None:
+    if shown is not None and label:
         fig.colorbar(shown, ax=axes, label=label, fraction=0.03)
     if title:
         fig.suptitle(title, fontsize=10)
@@ -279,6 +275,7 @@ def _draw_mask(
         between, ends = np.arange(size + 1) - 0.5, (-0.5, size - 0.5)
         ax.vlines(between, *ends, color="#DDDDDD", linewidth=0.5)
         ax.hlines(between, *ends, color="#DDDDDD", linewidth=0.5)
+    ax.locator_params(integer=True)
     if labels:
         ax.set_xticks(range(size), labels, rotation=90, fontsize=7)
         ax.set_yticks(range(size), labels, fontsize=7)
@@ -344,8 +341,7 @@ def _draw_cells(ax: Axes, mask: Tensor, kinds: Sequence[str], grid: Tensor, row:
     ax.set_yticks(ticks, minor=True)
     ax.grid(which="minor", color="white", linewidth=0.8)
     ax.tick_params(which="both", length=0, labelsize=7)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.locator_params(nbins=5, integer=True)
     ax.spines[:].set_visible(False)
     ax.set_title("in the picture" + ("\n(faded: not seen)" if row is not None else ""), fontsize=8)
 

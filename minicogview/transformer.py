@@ -2,7 +2,7 @@
 
 The idea: every residual branch is normalised twice, once before it (as in pre-LN) and once after it, so that
 no branch can add large values to the residual stream and half precision does not overflow. CogView (Ding et
-al. 2021, arXiv 2105.13290, section 2.3) introduced it together with PB-relax, which keeps the attention
+al. 2021, arXiv 2105.13290, section 2.4) introduced it together with PB-relax, which keeps the attention
 scores small for the same reason. CogView2 (arXiv 2204.14217) reuses the block unchanged.
 
 Mirrors: SwissArmyTransformer 0.2.1, ``model/transformer.py`` with ``layernorm_order="sandwich"``.
@@ -11,20 +11,22 @@ Shapes: ``B`` batch, ``T`` query tokens, ``S`` key tokens (cached ones included)
 ``N`` heads, ``H`` head size, ``V`` vocabulary rows.
 
 Different on purpose: the KV cache is written in place instead of concatenated anew at each token; a masked
-score becomes ``score - 10000`` instead of exactly ``-10000``, which only a fully masked row could tell apart.
+score becomes ``score - 10000`` instead of exactly ``-10000``. Only a fully masked row can tell, or scores that
+are themselves in the thousands; such scores get past either form of mask.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minicogview.config import TransformerConfig
+from minicogview.config import NormOrder, TransformerConfig
 from minicogview.errors import MiniCogViewError
 
 MASKED = -10000.0  # finite, so that even a row that may see nothing stays free of NaN
@@ -162,6 +164,8 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        if config.norm not in get_args(NormOrder):
+            raise MiniCogViewError(f"unknown norm {config.norm!r}: choose one of {', '.join(get_args(NormOrder))}")
         self.norm_order = config.norm
         self.attention = Attention(config)
         self.mlp = MLP(config)

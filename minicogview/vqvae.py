@@ -118,9 +118,7 @@ class Stage(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, n_blocks: int, n_groups: int, attend: bool, resize: nn.Module):
         super().__init__()
-        self.blocks = nn.Sequential(
-            *(ResidualBlock(c_out if i else c_in, c_out, n_groups) for i in range(n_blocks))
-        )
+        self.blocks = nn.Sequential(*(ResidualBlock(c_out if i else c_in, c_out, n_groups) for i in range(n_blocks)))
         self.attention = PixelAttention(c_out, n_groups) if attend else nn.Identity()
         self.resize = resize
 
@@ -360,7 +358,7 @@ def official_config(shapes: Mapping[str, Sequence[int]]) -> VQVAEConfig:
         raise MiniCogViewError(f"not the weights of a CogView2 picture tokenizer: {error} is missing") from None
 
     def multipliers(part: str) -> tuple[int, ...]:
-        widths = []
+        widths: list[int] = []
         while (name := f"{part}.{len(widths)}.block.0.conv1.weight") in shapes:
             widths.append(shapes[name][0] // channels)
         return tuple(widths)

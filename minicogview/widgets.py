@@ -10,9 +10,11 @@ Shapes: ``S`` sequence length, ``V`` tokens, ``H, W`` pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import ipywidgets as ipw
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from minicogview import plot, plot_tokens
@@ -96,19 +98,24 @@ def sampling_explorer(
         logits: (V,) of one step; labels: (V,) clusters; colours: (V, 3) in 0..1 of the tokens, if known.
     """
     clusters = Clusters.of(labels)
-    image = ipw.Image(format="png")
     dials = {
         "temperature": ipw.FloatSlider(1.0, min=0.1, max=2.0, step=0.05, description="temperature"),
         "top_k": ipw.IntSlider(top_k, min=1, max=max(top_k, min(64, clusters.n_clusters)), description="k"),
         "cluster_temperature": ipw.FloatSlider(1.0, min=0.1, max=2.0, step=0.05, description="second"),
     }
+    return with_dials(partial(plot_tokens.sampling_figure, logits, clusters, colours=colours), **dials)
+
+
+def with_dials(draw: Callable[..., Figure], **dials: ipw.Widget) -> ipw.VBox:
+    """Any figure with dials above it: whenever one is turned, ``draw(name=value, ...)`` draws it again."""
+    image = ipw.Image(format="png")
 
     def show(*_: object) -> None:
-        settings = {name: dial.value for name, dial in dials.items()}
-        image.value = plot.png(plot_tokens.sampling_figure(logits, clusters, colours=colours, **settings))
+        image.value = plot.png(draw(**{name: dial.value for name, dial in dials.items()}))
 
     for dial in dials.values():
-        dial.continuous_update = False
+        if hasattr(dial, "continuous_update"):
+            dial.continuous_update = False  # a slider that is still being dragged draws nothing
         dial.observe(show, "value")
     show()
     return ipw.VBox([*dials.values(), image])

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
+from minicogview.checkpoint import load_vqvae
 from minicogview.config import VQVAEConfig, get_preset
+from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.errors import MiniCogViewError
 from minicogview.metrics import perplexity, psnr, ssim, tokenizer_psnr
-from minicogview.training.vqvae import CodebookLearner, TokenizerObjective
+from minicogview.training.codebook import CodebookLearner
+from minicogview.training.vqvae import TokenizerObjective, jigsaw, spread_of_equals
 from minicogview.vqvae import VQVAE, from_official, from_official_name, official_config
 
 TINY = VQVAEConfig(
@@ -80,7 +84,12 @@ def test_gradient_passes_straight_through_the_codebook(tiny: VQVAE) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "level", "words"),
-    [((1, 3, 30, 32), 0, "32x30"), ((1, 3, 32, 40), 2, "16"), ((3, 32, 32), 0, "expected"), ((1, 3, 32, 32), 3, "level 3")],
+    [
+        ((1, 3, 30, 32), 0, "32x30"),
+        ((1, 3, 32, 40), 2, "16"),
+        ((3, 32, 32), 0, "expected"),
+        ((1, 3, 32, 32), 3, "level 3"),
+    ],
 )
 def test_pictures_that_do_not_fit_are_refused(tiny: VQVAE, shape: tuple[int, ...], level: int, words: str) -> None:
     with pytest.raises(MiniCogViewError, match=words):
@@ -146,6 +155,25 @@ def test_a_batch_depends_on_seed_and_step_only(tiny: VQVAE) -> None:
     assert not torch.equal(first.batch(4), TokenizerObjective(tiny, pictures, batch_pixels=2048).batch(4))
 
 
+def test_a_jigsaw_is_undone_by_the_inverse_order() -> None:
+    x = torch.rand(3, 2, 8, 12)
+    order = torch.randperm(3 * 2 * 3, generator=torch.Generator().manual_seed(0))
+    shuffled = jigsaw(x, 4, order)
+    assert not torch.equal(shuffled, x)
+    assert torch.equal(jigsaw(shuffled, 4, order.argsort()), x)
+    assert torch.equal(shuffled[0, :, :4, :4], rearrange(x, "b c (h p) (w q) -> (b h w) c p q", p=4, q=4)[order[0]])
+
+
+def test_equal_cells_with_different_vectors_are_punished() -> None:
+    pictures = torch.rand(1, 3, 4, 12)
+    pictures[..., 4:8] = pictures[..., :4]  # cells 0 and 1 show the same, cell 2 something else
+    alike = torch.tensor([1.0, 1.0, 5.0]).view(1, 1, 1, 3)
+    apart = torch.tensor([0.0, 2.0, 5.0]).view(1, 1, 1, 3)
+    assert spread_of_equals(pictures, alike, rate=4).item() == 0
+    expected = (1 + 1 + 0) / 3 / apart.var().item()
+    assert spread_of_equals(pictures, apart, rate=4).item() == pytest.approx(expected)
+
+
 def run(objective: TokenizerObjective, steps: int) -> list[float]:
     """A plain training loop: the losses."""
     trained = [p for p in objective.model.parameters() if p.requires_grad]
@@ -202,8 +230,6 @@ def test_perplexity_counts_codes_in_use() -> None:
 
 @pytest.fixture(scope="module")
 def toy() -> VQVAE:
-    from minicogview.checkpoint import load_vqvae
-
     return load_vqvae(Path(__file__).parents[1] / "minicogview/weights/toy/vqvae.safetensors")
 
 
@@ -214,6 +240,9 @@ def test_the_shipped_tokenizer_keeps_its_promise(toy: VQVAE) -> None:
 
 
 @torch.no_grad()
-def test_white_is_one_stable_code(toy: VQVAE) -> None:
-    codes = toy.encode(torch.ones(1, 3, 32, 32), level=0)
-    assert len(codes.unique()) == 1
+def test_plain_background_is_one_code(toy: VQVAE) -> None:
+    rows = indices(load_emoji("tokenizer_heldout"))
+    pictures = rearrange(torch.from_numpy(render(32)[rows]), "n h w c -> n c h w").float() / 255
+    white = reduce(pictures, "n c (h p) (w q) -> n h w", "min", p=4, q=4) == 1
+    counts = torch.bincount(toy.encode(pictures, level=0)[white])
+    assert int(counts.max()) > 0.9 * int(counts.sum())

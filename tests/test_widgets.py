@@ -40,3 +40,20 @@ def test_turning_a_dial_draws_again():
         before = image.value
         dial.value = value
         assert image.value != before
+
+
+def test_any_figure_can_be_given_dials():
+    import ipywidgets as ipw
+
+    from minicogview import plot
+
+    def draw(power, log):
+        return plot.curve({"x": [x**power for x in range(1, 5)]}, "x", "y", log=log)
+
+    power, log, image = widgets.with_dials(
+        draw, power=ipw.IntSlider(1, min=1, max=3), log=ipw.Dropdown(options=[False, True])
+    ).children
+    for dial, value in ((power, 2), (log, True)):
+        before = image.value
+        dial.value = value
+        assert image.value != before

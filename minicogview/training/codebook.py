@@ -1,0 +1,78 @@
+"""Learn a codebook: every row follows the vectors that choose it, and no row stays unused.
+
+A row gets no gradient. It is a moving average of the vectors that chose it (van den Oord et al. 2017,
+"Neural discrete representation learning", appendix A.1); a row that nothing chooses any more is moved to where
+the codebook serves badly (as in Jukebox, Dhariwal et al. 2020, section 3.1, which draws the place evenly).
+
+Shapes: M vectors, K codebook rows, C their width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class CodebookLearner:
+    """Keeps the codebook in the middle of the vectors that choose it.
+
+    ``counts`` (K,) and ``sums`` (K, C) are moving averages, per step, of how many vectors chose a row and of
+    their sum.
+    """
+
+    def __init__(self, codebook: nn.Parameter, decay: float = 0.99, dead_below: float = 0.03) -> None:
+        self.codebook, self.decay, self.dead_below = codebook, decay, dead_below
+        self.counts = torch.ones(len(codebook), device=codebook.device)
+        self.sums = codebook.detach().clone()
+
+    @torch.no_grad()
+    def place(self, z: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
+        """Start by k-means on the vectors z (M, C), seeded with the k-means++ rule in large steps."""
+        size = len(self.codebook)
+        centres = z[torch.randint(len(z), (1,), generator=generator)]
+        while len(centres) < size:
+            n_new = min(max(len(centres) // 2, 1), size - len(centres))
+            centres = torch.cat([centres, z[_far_from(centres, z, n_new, generator)]])
+        for _ in range(rounds):
+            codes = torch.cdist(z, centres).argmin(1)
+            counts, sums = _tally(codes, z, size)
+            centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+        self.codebook.copy_(centres)
+        self.counts.fill_(1.0)
+        self.sums.copy_(centres)
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, z: Tensor) -> None:
+        """Move the rows towards the vectors z (M, C) that chose them by codes (M,)."""
+        self.counts, self.sums = self.counts.to(z), self.sums.to(z)  # the model may have moved to a GPU since
+        counts, sums = _tally(codes, z, len(self.codebook))
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.codebook.copy_(self.sums / self.counts.clamp_min(1e-3)[:, None])
+
+    @torch.no_grad()
+    def revive(self, z: Tensor, generator: torch.Generator) -> int:
+        """Move rows that are hardly chosen onto vectors of z (M, C) that lie far from every row; how many."""
+        dead = (self.counts < self.dead_below).nonzero()[:, 0]
+        n = min(len(dead), len(z) // 8)
+        if n:
+            dead = dead[:n]
+            self.codebook[dead] = z[_far_from(self.codebook, z, n, generator)]
+            self.counts[dead] = 1.0  # as if chosen once a step: time to win vectors before it counts as dead
+            self.sums[dead] = self.codebook[dead]
+        return n
+
+
+def _tally(codes: Tensor, z: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Number (K,) and sum (K, C) of the vectors of each code."""
+    counts = torch.bincount(codes, minlength=size).to(z.dtype)
+    return counts, torch.zeros(size, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, codes, z)
+
+
+def _far_from(rows: Tensor, z: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Numbers (n,) of vectors drawn in proportion to the squared distance to the nearest row.
+
+    Drawn evenly, most would show the same plain background and crowd the codebook there.
+    """
+    distance = torch.cdist(z, rows).amin(1).pow(2)
+    return torch.multinomial(distance.cpu() + 1e-12, n, generator=generator).to(z.device)

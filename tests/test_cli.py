@@ -1,0 +1,269 @@
+"""The command line: what it writes and prints, and what it answers to wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY, write_tiny
+
+from minicogview import cli_generate, evaluate
+from minicogview.cli import main
+from minicogview.config import PRESETS
+from minicogview.data.emoji import load_emoji
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options that select the random system; the working folder is empty."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    return ["--weights", str(weights)]
+
+
+@pytest.fixture
+def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in place of the emoji, whose drawing takes too long for another size."""
+    n = len(load_emoji("all"))
+
+    def noise(size: int, progress: bool = True) -> torch.Tensor:
+        return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+    monkeypatch.setattr(evaluate, "emoji_pictures", noise)
+    monkeypatch.setattr("minicogview.training.recipes.emoji_pictures", noise)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command."""
+    capsys.readouterr()
+    status = main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What a command that ends well prints as JSON, and nothing else."""
+    status, out, err = run(capsys, *arguments, "--json")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+# --- generate
+
+
+def test_generate_writes_pictures_and_a_sheet(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "generate", "A red apple!", "红苹果", *tiny, "--n", "3", "--out", "a/b")
+    assert (status, err) == (0, "")
+    names = [f"{stem}_{seed}.png" for stem in ("a-red-apple", "红苹果") for seed in range(3)]
+    assert sorted(path.name for path in Path("a/b").iterdir()) == sorted([*names, "contact_sheet.png"])
+    assert all(str(Path("a/b", name)) in out for name in [*names, "contact_sheet.png"])
+    assert Image.open("a/b/红苹果_2.png").size == (264, 264)  # 12 pixels, each 22 wide
+    assert Image.open("a/b/contact_sheet.png").size == (3 * 268 + 4, 2 * 268 + 4)
+
+
+def test_generate_prints_json(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*tiny, "--n", "2", "--seed", "7", "--out", "out", "--scale", "1"]
+    (report,) = run_json(capsys, "generate", "cat", *options)
+    assert report["text"] == "cat" and report["seeds"] == [7, 8] and len(report["scores"]) == 2
+    assert report["files"] == [str(Path("out/cat_7.png")), str(Path("out/cat_8.png"))]
+    assert report["sheet"] == str(Path("out/contact_sheet.png"))
+    assert [Image.open(path).size for path in report["files"]] == [(12, 12)] * 2
+
+
+def test_generate_repeats_itself(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for n, seed, out in [("4", "0", "a"), ("4", "0", "b"), ("1", "3", "c")]:
+        assert run(capsys, "generate", "cat", *tiny, "--n", n, "--seed", seed, "--out", out)[0] == 0
+    last = [Path(out, "cat_3.png").read_bytes() for out in "abc"]
+    assert last[0] == last[1] == last[2]
+    assert last[0] != Path("a/cat_0.png").read_bytes()
+
+
+def test_sampling_options_reach_the_sampler(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n", "2", "--temperature", "0", "--top-k", "3", "--guidance", "2"]
+    (report,) = run_json(capsys, "generate", "cat", *tiny, *options)
+    first, second = (np.array(Image.open(path)) for path in report["files"])
+    assert np.array_equal(first, second)  # without chance
+
+
+def test_file_names() -> None:
+    taken: set[str] = set()
+    texts = ["A red apple!", "a red apple?", "猫 脸", "🍎", "../../etc", "x" * 300]
+    stems = [cli_generate.free_stem(text, taken) for text in texts]
+    assert stems == ["a-red-apple", "a-red-apple-2", "猫-脸", "picture", "etc", "x" * 40]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "no text was given"),
+        (["generate", ""], "text is empty"),
+        (["generate", "  "], "text is empty"),
+        (["generate", "apple " * 60], "text has 60 tokens, at most 48 fit"),
+        (["generate", "cat", "--n", "0"], "--n is 0"),
+        (["generate", "cat", "--n", "-3"], "--n is -3"),
+        (["generate", "cat", "dog", "--seed", "-1"], "--seed is -1"),
+        (["generate", "cat", "--scale", "0"], "--scale is 0"),
+        (["generate", "cat", "dog", "--temperature", "-1"], "temperature -1.0 is below 0"),
+        (["generate", "cat", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "cat", "--top-k", "0"], "top_k 0"),
+        (["generate", "cat", "--out", "file"], "cannot write into file (it is a file)"),
+        (["generate", "cat", "--out", "file/folder"], "cannot write into file/folder"),
+        (["generate", "cat", "--out", "x" * 300], "choose another folder with --out"),
+        (["generate", "cat", "--preset", "toyy"], "unknown preset 'toyy': choose one of toy"),
+        (["generate", "cat", "--weights", "nowhere"], "'nowhere' is neither a preset"),
+        (["generate", "cat", "--weights", "."], "coglm.safetensors is missing"),
+        (["info", "toyy"], "unknown preset 'toyy'"),
+        (["info", "toy", "--text-tokens", "49"], "takes 1 to 48"),
+        (["evaluate", "retrieval", "--preset", "toyy"], "unknown preset 'toyy'"),
+        (["evaluate", "tokenizer", "--size", "33"], "33x33 pixels cannot be cut"),
+        (["train", "coglm", "--preset", "toyy"], "unknown preset 'toyy'"),
+        (["train", "coglm", "--out", "file"], "it is a file"),
+        (["train", "vqvae", "--out", "file"], "it is a file"),
+        (["train", "text", "--out", "file"], "it is a file"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    tiny: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("minicogview.data.emoji.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
+    Path("file").write_text("something else")
+    needs_weights = arguments[0] in ("generate", "evaluate") and not {"--preset", "--weights"} & set(arguments)
+    status, out, err = run(capsys, *arguments, *(tiny if needs_weights else []))
+    assert (status, out) == (2, "")
+    assert message in err and err.startswith("minicogview: ") and err.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("preset", ["small", "cogview2"])
+def test_presets_without_weights(preset: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, err = run(capsys, "generate", "cat", "--preset", preset, "--out", str(tmp_path / "out"))
+    assert (status, out) == (2, "") and not (tmp_path / "out").exists()
+    assert f"no weights ship with the preset '{preset}'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["coglm.safetensors", "vqvae.safetensors", "text.model"])
+def test_damaged_weights(tiny: list[str], weights: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    broken = Path(shutil.copytree(weights, "broken"), name)
+    broken.write_bytes(broken.read_bytes()[:1000])
+    status, out, err = run(capsys, "generate", "cat", "--weights", "broken", "--out", "out")
+    assert (status, out) == (2, "") and not Path("out").exists()
+    assert str(broken) in err and "damaged" in err and err.count("\n") == 1
+
+
+def test_a_bad_text_does_not_stop_the_others(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["cat", "", "apple " * 60, "\udcff", "红苹果"]
+    status, out, err = run(capsys, "generate", *texts, *tiny, "--n", "1", "--json")
+    reports = json.loads(out)
+    assert status == 2 and [report["text"] for report in reports] == texts
+    assert ["error" in report for report in reports] == [False, True, True, True, False]
+    assert "at most 48" in reports[2]["error"] and "not valid Unicode" in reports[3]["error"]
+    assert len(err.splitlines()) == 3 and len(err) < 500
+    assert Image.open("pictures/contact_sheet.png").size == (268 + 4, 2 * 268 + 4)
+    names = ["cat_0.png", "contact_sheet.png", "红苹果_0.png"]
+    assert sorted(path.name for path in Path("pictures").iterdir()) == names
+
+
+def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["nothing"], ["generate", "cat", "--n", "many"], ["evaluate", "retrieval", "--lang", "fr"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+
+def test_help_is_quick_because_it_loads_no_torch() -> None:
+    program = (
+        "import sys\nfrom minicogview.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert all(name in ended.stdout for name in ("generate", "train", "evaluate", "info"))
+    assert ended.stdout.splitlines()[-1] == "0 False"
+
+
+# --- evaluate, train, info
+
+
+def test_evaluate(tiny: list[str], few_pixels: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--split", "heldout", "--lang", "zh", "--template", "--limit", "3", *tiny]
+    result = run_json(capsys, "evaluate", "retrieval", *options)
+    assert set(result) == {"n", "top1", "top5", "same_tone"} and result["n"] == 3
+    assert run_json(capsys, "evaluate", "retrieval", "--limit", "2", *tiny)["same_tone"] is None
+    result = run_json(capsys, "evaluate", "captioning", "--n-pictures", "4", "--n-names", "3", *tiny)
+    assert result["n"] == 4 and result["n_names"] == 3 and 0 <= result["top1"] <= 1
+    result = run_json(capsys, "evaluate", "infilling", "--n-pictures", "2", *tiny)
+    assert set(result) == {"n", "psnr", "psnr_tokenizer", "exact"}
+    status, out, _ = run(capsys, "evaluate", "infilling", "--n-pictures", "2", *tiny)
+    assert status == 0 and out.splitlines()[0].split() == ["n", "2"]
+    for wrong in (["retrieval", "--limit", "0"], ["captioning", "--n-pictures", "3", "--n-names", "4"]):
+        status, out, err = run(capsys, "evaluate", *wrong, *tiny, "--json")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_evaluate_tokenizer(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minicogview.data.emoji.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
+    result = run_json(capsys, "evaluate", "tokenizer", "--size", "16", "--level", "1", *tiny)
+    assert {"n", "psnr", "ssim"} <= set(result) and result["n"] == len(load_emoji("tokenizer_heldout"))
+
+
+def test_train_coglm_makes_a_folder_that_can_be_used(
+    tiny: list[str], few_pixels: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--preset", "tiny", *tiny, "--out", "run", "--batch-size", "2", "--device", "cpu"]
+    result = run_json(capsys, "train", "coglm", *options, "--steps", "2")
+    assert result["weights"] == str(Path("run/coglm.safetensors")) and result["step"] == 2
+    assert run_json(capsys, "train", "coglm", *options, "--steps", "2")["start"] == 2  # nothing left to do
+    assert run_json(capsys, "train", "coglm", *options, "--steps", "2", "--no-resume")["start"] == 0
+    assert run(capsys, "generate", "cat", "--weights", "run", "--n", "1")[0] == 0
+
+
+def test_train_vqvae_hands_its_options_on(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def train(out_dir: Path, **options: Any) -> dict[str, Any]:
+        given.update(options, out_dir=out_dir)
+        return {"weights": "somewhere"}
+
+    monkeypatch.setattr("minicogview.training.vqvae.train", train)
+    assert run_json(capsys, "train", "vqvae", "--out", "run", "--steps", "5", "--no-resume")["weights"]
+    assert given["out_dir"] == Path("run") and given["steps"] == 5 and given["resume"] is False
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    toy = run_json(capsys, "info", "toy")
+    assert toy["total"]["parameters"] * 2 == toy["total"]["fp16_bytes"] < 40e6
+    status, out, err = run(capsys, "info", "cogview2")
+    assert (status, err) == (0, "")
+    assert "5,902,285,824" in out and "GFLOP" in out
+
+
+# --- the shipped weights
+
+
+def test_shipped_toy_from_the_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "minicogview.cli", "generate", "a red apple", "猫脸", "--n", "2", "--json"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    reports = json.loads(ended.stdout)
+    assert [report["text"] for report in reports] == ["a red apple", "猫脸"]
+    assert all(Image.open(tmp_path / path).size == (256, 256) for report in reports for path in report["files"])

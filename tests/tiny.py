@@ -1,0 +1,52 @@
+"""A complete system of a few thousand random numbers, for tests of everything around the models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+import minicogview
+from minicogview.checkpoint import save_model
+from minicogview.coglm import CogLM
+from minicogview.config import LayoutConfig, Preset, SamplingConfig, TransformerConfig, VQVAEConfig
+from minicogview.vqvae import VQVAE
+
+SHIPPED = Path(minicogview.__file__).parent / "weights" / "toy"
+N_PIECES = 4500  # of the shipped text model
+
+TINY = Preset(
+    name="tiny",
+    vqvae=VQVAEConfig(
+        channels=4,
+        encoder_multipliers=(1, 1, 1),
+        encoder_blocks=1,
+        codebook_size=64,
+        codebook_dim=4,
+        latent_channels=4,
+        decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
+        n_groups=2,
+    ),
+    transformer=TransformerConfig(
+        n_layers=2, d_model=16, n_heads=2, vocab_size=64 + N_PIECES + 3, max_positions=48 + 1 + 9
+    ),
+    layout=LayoutConfig(max_text=48, grid=3, n_patches=1, patch_size=2),
+    sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
+    n_text_pieces=N_PIECES,
+    level=0,
+)
+
+
+def write_tiny(folder: Path) -> Path:
+    """Write the weights of a random system into ``folder``; always the same ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    vqvae, coglm = VQVAE(TINY.vqvae), CogLM(TINY.coglm)
+    with torch.no_grad():
+        for table in (coglm.transformer.token_embedding, coglm.transformer.position_embedding):
+            table.weight.mul_(10)  # so that texts and places matter
+    save_model(folder / "vqvae.safetensors", vqvae, TINY.vqvae, "vqvae")
+    save_model(folder / "coglm.safetensors", coglm, TINY.coglm, "coglm")
+    shutil.copyfile(SHIPPED / "text.model", folder / "text.model")
+    return folder
