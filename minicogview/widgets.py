@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minicogview import plot, plot_tokens
 from minicogview.config import LayoutConfig, SpecialIds
+from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
 from minicogview.sampling import Clusters
 from minicogview.vqvae import VQVAE
@@ -119,3 +120,24 @@ def with_dials(draw: Callable[..., Figure], **dials: ipw.Widget) -> ipw.VBox:
         dial.observe(show, "value")
     show()
     return ipw.VBox([*dials.values(), image])
+
+
+def with_button(draw: Callable[..., Figure], label: str = "draw", **dials: ipw.Widget) -> ipw.VBox:
+    """Any figure with inputs and a button above it: ``draw(name=value, ...)`` is called when it is clicked.
+
+    For figures that take a second or more, where drawing at every keystroke would be a nuisance. What
+    ``draw`` refuses with ``MiniCogViewError`` is said in a line above the last good figure.
+    """
+    image, complaint = ipw.Image(format="png"), ipw.Label()
+    button = ipw.Button(description=label)
+
+    def show(*_: object) -> None:
+        try:
+            image.value = plot.png(draw(**{name: dial.value for name, dial in dials.items()}))
+            complaint.value = ""
+        except MiniCogViewError as error:
+            complaint.value = str(error)
+
+    button.on_click(show)
+    show()
+    return ipw.VBox([*dials.values(), button, complaint, image])

@@ -142,7 +142,7 @@ def test_wrong_input_is_one_line_and_status_2(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr("minicogview.data.emoji.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
+    monkeypatch.setattr("minicogview.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
     Path("file").write_text("something else")
     needs_weights = arguments[0] in ("generate", "evaluate") and not {"--preset", "--weights"} & set(arguments)
     status, out, err = run(capsys, *arguments, *(tiny if needs_weights else []))
@@ -219,7 +219,7 @@ def test_evaluate(tiny: list[str], few_pixels: None, capsys: pytest.CaptureFixtu
 def test_evaluate_tokenizer(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("minicogview.data.emoji.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
+    monkeypatch.setattr("minicogview.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
     result = run_json(capsys, "evaluate", "tokenizer", "--size", "16", "--level", "1", *tiny)
     assert {"n", "psnr", "ssim"} <= set(result) and result["n"] == len(load_emoji("tokenizer_heldout"))
 

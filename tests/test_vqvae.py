@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from minicogview.checkpoint import load_vqvae
@@ -37,10 +37,12 @@ def tiny() -> VQVAE:
     return VQVAE(TINY).eval()
 
 
-def flat_colours(n: int = 64, size: int = 16) -> Tensor:
-    """Plain pictures of random colours (N, 3, S, S) uint8: something that a tiny model learns in seconds."""
-    colours = torch.randint(0, 256, (n, 3, 1, 1), generator=torch.Generator().manual_seed(0))
-    return colours.expand(n, 3, size, size).to(torch.uint8).contiguous()
+def mosaics(n: int = 64, size: int = 16) -> Tensor:
+    """Pictures (N, 3, S, S) uint8 whose 4x4 cells have one of 8 plain colours: what a tiny model learns in seconds."""
+    generator = torch.Generator().manual_seed(0)
+    palette = torch.randint(0, 256, (8, 3), generator=generator).to(torch.uint8)
+    cells = palette[torch.randint(0, 8, (n, size // 4, size // 4), generator=generator)]
+    return repeat(cells, "n h w c -> n c (h p) (w q)", p=4, q=4).contiguous()
 
 
 @torch.no_grad()
@@ -135,6 +137,18 @@ def test_dead_rows_revive_where_the_codebook_serves_badly() -> None:
     assert learner.revive(z, torch.Generator().manual_seed(0)) == 0
 
 
+def test_rows_that_mean_the_same_are_merged_and_used_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    background = 0.01 * torch.randn(1000, 4, generator=generator)
+    detail = torch.randn(7, 4, generator=generator) * 10
+    z = torch.cat([background, detail.repeat(20, 1)])
+    rows = 0.01 * torch.randn(8, 4, generator=generator)  # all of them on the background
+    learner = CodebookLearner(torch.nn.Parameter(rows, requires_grad=False))
+    assert learner.settle(z, generator, rounds=12) > 0
+    assert float(torch.cdist(detail, learner.codebook).amin(1).max()) < 0.1
+    assert float(torch.pdist(learner.codebook).min()) > 0.1
+
+
 def test_kmeans_start_finds_separate_clusters() -> None:
     centres = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) * 10
     z = centres.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=torch.Generator().manual_seed(2))
@@ -189,10 +203,10 @@ def run(objective: TokenizerObjective, steps: int) -> list[float]:
     return losses
 
 
-def test_training_learns_plain_colours(tiny: VQVAE) -> None:
-    objective = TokenizerObjective(tiny, {16: flat_colours()}, batch_pixels=4096, warm_up=60)
-    run(objective, 200)
-    pictures = flat_colours()[:8].float() / 255
+def test_training_learns_plain_cells(tiny: VQVAE) -> None:
+    objective = TokenizerObjective(tiny, {16: mosaics()}, batch_pixels=4096, warm_up=40, revive_until=400)
+    run(objective, 100)
+    pictures = mosaics()[:8].float() / 255
     with torch.no_grad():
         decoded = tiny.decode(tiny.encode(pictures, 0), 0)
         grey = torch.full_like(pictures, 0.5)
@@ -201,7 +215,7 @@ def test_training_learns_plain_colours(tiny: VQVAE) -> None:
 
 def test_the_coarser_levels_leave_level_0_as_it_is(tiny: VQVAE) -> None:
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    run(TokenizerObjective(tiny, {16: flat_colours()}, levels=(1, 2), batch_pixels=2048), 3)
+    run(TokenizerObjective(tiny, {16: mosaics()}, levels=(1, 2), batch_pixels=2048), 3)
     changed = {name for name, value in tiny.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith(("halvers.", "decoders.0.", "decoders.1.")) for name in changed)
 

@@ -57,3 +57,26 @@ def test_any_figure_can_be_given_dials():
         before = image.value
         dial.value = value
         assert image.value != before
+
+
+def test_a_button_draws_and_tells_what_was_refused():
+    import ipywidgets as ipw
+
+    from minicogview import plot
+    from minicogview.errors import MiniCogViewError
+
+    def draw(text):
+        if not text:
+            raise MiniCogViewError("the text is empty")
+        return plot.curve({"x": [len(text), 2]}, "x", "y")
+
+    text, button, complaint, image = widgets.with_button(draw, text=ipw.Text("a")).children
+    first = image.value
+    text.value = "apple"
+    assert image.value == first  # nothing happens before the click
+    button.click()
+    second = image.value
+    assert second != first and complaint.value == ""
+    text.value = ""
+    button.click()
+    assert complaint.value == "the text is empty" and image.value == second

@@ -34,8 +34,7 @@ class CodebookLearner:
             n_new = min(max(len(centres) // 2, 1), size - len(centres))
             centres = torch.cat([centres, z[_far_from(centres, z, n_new, generator)]])
         for _ in range(rounds):
-            codes = torch.cdist(z, centres).argmin(1)
-            counts, sums = _tally(codes, z, size)
+            counts, sums = _tally(_nearest(z, centres)[0], z, size)
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
         self.codebook.copy_(centres)
         self.counts.fill_(1.0)
@@ -49,6 +48,28 @@ class CodebookLearner:
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self.codebook.copy_(self.sums / self.counts.clamp_min(1e-3)[:, None])
+
+    @torch.no_grad()
+    def settle(self, z: Tensor, generator: torch.Generator, rounds: int = 6, apart: float = 0.12) -> int:
+        """Leave no two rows closer than ``apart`` of the deviation of z (M, C), and use those set free elsewhere.
+
+        A dense cluster, such as a plain background, attracts dozens of rows that mean the same: the codes of equal
+        cells then differ by chance. k-means rounds, each followed by merging; returns how many rows moved.
+        """
+        limit = apart * float(z.var(0).sum().sqrt())
+        n_moved = 0
+        for _ in range(rounds):
+            counts, sums = _tally(_nearest(z, self.codebook)[0], z, len(self.codebook))
+            rows = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], self.codebook)
+            spare = _too_close(rows, counts, limit) | (counts == 0)
+            n = int(spare.sum())
+            if n:
+                rows[spare] = z[_far_from(rows[~spare], z, n, generator, at_least=limit)]
+            self.codebook.copy_(rows)
+            n_moved += n
+        self.counts = (counts / counts.mean()).clamp_min(0.1)
+        self.sums = self.codebook * self.counts[:, None]
+        return n_moved
 
     @torch.no_grad()
     def revive(self, z: Tensor, generator: torch.Generator) -> int:
@@ -69,10 +90,29 @@ def _tally(codes: Tensor, z: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return counts, torch.zeros(size, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, codes, z)
 
 
-def _far_from(rows: Tensor, z: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Numbers (n,) of vectors drawn in proportion to the squared distance to the nearest row.
+def _nearest(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of the nearest row and squared distance to it, both (M,), in pieces that fit into memory."""
+    found = [torch.cdist(part, rows).min(1) for part in z.split(65536)]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).pow(2)
+
+
+def _too_close(rows: Tensor, counts: Tensor, limit: float) -> Tensor:
+    """(K,) bool: rows closer than ``limit`` to one that is chosen more often and stays."""
+    distance = torch.cdist(rows, rows)
+    spare = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for row in counts.argsort(descending=True).tolist():
+        if not spare[row]:
+            near = distance[row] < limit
+            near[row] = False
+            spare |= near
+    return spare
+
+
+def _far_from(rows: Tensor, z: Tensor, n: int, generator: torch.Generator, at_least: float = 0.0) -> Tensor:
+    """Numbers (n,) of vectors drawn in proportion to the squared distance to the nearest row, if ``at_least`` far.
 
     Drawn evenly, most would show the same plain background and crowd the codebook there.
     """
-    distance = torch.cdist(z, rows).amin(1).pow(2)
-    return torch.multinomial(distance.cpu() + 1e-12, n, generator=generator).to(z.device)
+    distance = _nearest(z, rows)[1]
+    worth = torch.where(distance > at_least**2, distance, 0) + 1e-9  # never all zero
+    return torch.multinomial(worth.cpu(), n, generator=generator).to(z.device)
