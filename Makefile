@@ -54,7 +54,7 @@ types: $(VENV)/.dev
 
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(VENV)/.dev
-	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.timeout=300 notebooks/*.ipynb
 
 wheel-check: $(VENV)/.dev

@@ -77,7 +77,7 @@ def load_weights(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise MiniCogViewError(f"weight file {path} is damaged ({error}): get it again") from None
-    if metadata.get("kind") != kind:
+    if metadata.get("kind") != kind or "config" not in metadata:
         raise MiniCogViewError(f"weight file {path} holds {metadata.get('kind')!r}, expected {kind!r}")
     config = from_json(CONFIG_TYPES[kind], metadata["config"])
     return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

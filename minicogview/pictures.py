@@ -23,7 +23,7 @@ from minicogview.errors import MiniCogViewError
 VISIBLE = 128  # pixels: smaller pictures are enlarged in a notebook
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pictures:
     """Pictures of one text: a sequence of PIL images that shows itself in a notebook.
 
@@ -48,6 +48,9 @@ class Pictures:
 
     def __iter__(self) -> Iterator[Image.Image]:
         return iter(self.images)
+
+    def __repr__(self) -> str:
+        return f"Pictures({len(self)} of {self.text!r}, seeds {self.seeds})"
 
     def sheet(self, scale: int | None = None) -> Image.Image:
         """All pictures on one, at most 8 in a row; ``scale`` as for ``enlarge``, None: well visible."""

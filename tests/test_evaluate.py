@@ -1,0 +1,61 @@
+"""The judge is fair, and the shipped weights do what the model card says, on a small sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minicogview.data.emoji import indices, load_emoji
+from minicogview.evaluate import Judge
+from minicogview.pipeline import CogView2
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(CogView2.from_pretrained("toy"), progress=False)
+
+
+def test_true_pictures_are_found_and_wrong_ones_are_not(judge: Judge) -> None:
+    targets = torch.arange(0, len(judge.emoji), 29)
+    ranks, nearest = judge.ranks(judge.codes[targets], targets)
+    assert (ranks == 0).all()
+    same = (judge.codes[nearest] == judge.codes[targets]).all(1)
+    assert same.float().mean() > 0.95  # others are drawn alike by two codes
+    ranks, _ = judge.ranks(judge.codes[targets.roll(1)], targets)
+    assert (ranks > 0).float().mean() > 0.95
+
+
+def test_identical_drawings_both_count(judge: Judge) -> None:
+    names = [emoji.en for emoji in judge.emoji]
+    cat, face = names.index("grinning cat"), names.index("cat face")
+    if not torch.equal(judge.codes[cat], judge.codes[face]):
+        pytest.fail("these two emoji are the same drawing: choose another pair if the data changed")
+    ranks, _ = judge.ranks(judge.codes[[cat, face]], torch.tensor([face, cat]))
+    assert ranks.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_shipped_weights_draw_what_is_asked(judge: Judge, lang: str) -> None:
+    """Far below the model card's numbers, far above chance (1 in 3,139)."""
+    assert judge.retrieval("names", lang, limit=48)["top1"] > 0.7
+    heldout = judge.retrieval("heldout", lang, limit=48)
+    assert heldout["same_tone"] > 0.7 and heldout["top1"] > 0.2
+
+
+def test_the_same_seed_draws_the_same(judge: Judge) -> None:
+    texts = ["red apple", "红心"]
+    assert torch.equal(judge.draw(texts, seed=3), judge.draw(texts, seed=3))
+
+
+def test_captions_and_holes(judge: Judge) -> None:
+    assert judge.captioning("en", n_pictures=30, n_names=30)["top1"] > 0.5
+    filled = judge.infilling("en", n_pictures=8)
+    assert filled["psnr_tokenizer"] > filled["psnr"] > 8
+
+
+def test_heldout_pairs_are_not_in_training() -> None:
+    train, heldout = load_emoji("train"), load_emoji("heldout")
+    assert len(heldout) >= 150
+    assert not set(indices(train)) & set(indices(heldout))
+    assert {e.character for e in heldout} <= {e.character for e in train}
+    assert {e.tone for e in heldout} <= {e.tone for e in train}
