@@ -9,8 +9,9 @@ and is shared by all pictures, tokens already known are copied, the last token i
 
 Shapes: ``B`` rows of a batch, ``S`` sequence length, ``n`` picture tokens (grid * grid), ``V`` vocabulary.
 
-Different on purpose: the cache is preallocated; texts of several lengths may share a batch (padded on the left);
-classifier-free guidance is available, which the original does not have.
+Different on purpose: the cache is preallocated, and matrices are packed while drawing (``packing.py``); texts of
+several lengths may share a batch (padded on the left); classifier-free guidance is available, which the original
+does not have.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from minicogview import masking
 from minicogview.config import CogLMConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
+from minicogview.packing import pack, packed
 from minicogview.sampling import guide, text_attention_weights
 from minicogview.transformer import KVCache, Transformer, attention_bias
 
@@ -129,47 +131,44 @@ class CogLM(nn.Module):
             raise MiniCogViewError(
                 f"n={n} pictures of one row were asked for, but {rows} rows given: repeat them instead"
             )
-        batch, guided = max(rows, n), guidance != 1.0
+        batch = max(rows, n)
         cache = KVCache(self.config.transformer, batch, length - 1, self.device, self._dtype)
-        hidden = self.transformer(
-            tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
-        )[:, -1]  # (R, D)
         out = tokens.expand(batch, length).clone()
-        hidden = hidden.expand(batch, -1)
-        # (D, codes), turned once: with rows of the table side by side a product of few rows is twice as fast.
-        head = self.transformer.token_embedding.weight[: self.config.n_codes].t().contiguous()
         wanted = (tokens[0] < 0).tolist()  # the same columns in every row
+        biased = (bias.tril() != 0).any(-1).flatten(0, -2).any(0).tolist()  # rows of the bias that change anything
         total, step = torch.zeros(batch, device=self.device), 0
-        for i in range(n_context, length):
-            if wanted[i]:
-                logits = (hidden @ head).float()  # (B, codes)
-                choice, log_p = self._choose(logits, sampler, step, guidance)
-                out[:, i] = choice
-                total += log_p
-                step += 1
-                if on_step is not None:
-                    on_step(step)
-            if i < length - 1:
-                row = self._visible(bias, i)
-                hidden = self.transformer(out[:, i : i + 1], positions[:, i : i + 1], row, cache)[:, -1]
-        keep = batch // 2 if guided else batch
+        with packed(self.transformer, batch):
+            hidden = self.transformer(
+                tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
+            )[:, -1]  # (R, D)
+            hidden, head = hidden.expand(batch, -1), self._head(batch)
+            for i in range(n_context, length):
+                if wanted[i]:
+                    logits = head(hidden).float()  # (B, codes)
+                    out[:, i] = choice = self._choose(logits, sampler, step, guidance)
+                    total -= F.cross_entropy(logits, choice, reduction="none")
+                    step += 1
+                    if on_step is not None:
+                        on_step(step)
+                if i < length - 1:
+                    row = bias[:, :, i : i + 1, : i + 1] if biased[i] else None
+                    hidden = self.transformer(out[:, i : i + 1], positions[:, i : i + 1], row, cache)[:, -1]
+        keep = batch if guidance == 1.0 else batch // 2
         return Filled(out[:keep], total[:keep] / max(step, 1))
 
-    def _choose(self, logits: Tensor, sampler: Sampler, step: int, guidance: float) -> tuple[Tensor, Tensor]:
-        """Sampled ids (B,) and their log-probabilities under the plain model."""
-        if guidance == 1.0:
-            choice = sampler(logits, step)
-        else:
-            with_text, without = logits.chunk(2)
-            choice = sampler(guide(with_text, without, guidance), step).repeat(2)
-        chosen = logits.gather(1, choice[:, None])[:, 0]
-        return choice, chosen - logits.logsumexp(-1)
+    def _head(self, rows: int) -> Callable[[Tensor], Tensor]:
+        """Hidden states (B, D) -> logits over the picture codes (B, codes), for so many rows."""
+        n_codes, table = self.config.n_codes, self.transformer.token_embedding
+        head = pack(table, table.weight[:n_codes], None, rows)
+        return head or (lambda hidden: self.transformer.logits(hidden, n_codes))
 
     @staticmethod
-    def _visible(bias: Tensor, i: int) -> Tensor | None:
-        """Row ``i`` of the bias over the keys so far, or None where it changes nothing (the faster path)."""
-        row = bias[:, :, i : i + 1, : i + 1]
-        return row if bool(row.any()) else None
+    def _choose(logits: Tensor, sampler: Sampler, step: int, guidance: float) -> Tensor:
+        """Sampled ids (B,); both halves of guided rows get the same."""
+        if guidance == 1.0:
+            return sampler(logits, step)
+        with_text, without = logits.chunk(2)
+        return sampler(guide(with_text, without, guidance), step).repeat(2)
 
     @property
     def _dtype(self) -> torch.dtype:

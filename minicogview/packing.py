@@ -13,7 +13,7 @@ Shapes: ``D`` inputs, ``E`` outputs; two or more dimensions, the last is the wid
 
 Example:
     >>> layer, x = Linear(64, 32), torch.randn(1, 64)
-    >>> with torch.inference_mode(), packed(layer):
+    >>> with torch.inference_mode(), packed(layer, rows=1):
     ...     fast = layer(x)
     >>> torch.allclose(fast, layer(x), atol=1e-5)
     True
@@ -21,21 +21,26 @@ Example:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE = 2.0**11  # half precision errs by at most 2**-11 of a number: scaled so, the error fits half precision too
+MOST_ROWS = 128  # for one thread; the packed kernels use one, ``F.linear`` all there are
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether this machine has the kernels and they take this matrix: float32, on the CPU, in the range of half."""
+def can_pack(weight: Tensor, rows: int) -> bool:
+    """Whether this machine has the kernels, and they pay at so many rows and take the matrix (float32, not huge)."""
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         return False
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
+        return False  # its removal is announced, without a successor as fast: then F.linear serves
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or rows * torch.get_num_threads() > MOST_ROWS:
         return False
     return bool(weight.abs().max() <= torch.finfo(torch.half).max)
 
@@ -48,59 +53,65 @@ def checksum(weight: Tensor, bias: Tensor | None) -> float:
 
 
 class Packed:
-    """The map ``x -> x W^T + b`` with a packed copy of W; made from W (E, D) and b (E,) or None."""
+    """The map ``x -> x W^T + b`` with a packed copy of W (E, D); b (E,) or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.checksum = checksum(weight, bias)
+        self.zero = weight.new_zeros(len(weight))
+        self.bias = self.zero if bias is None else bias.clone()
         rounded = weight.half().float()
         rest = (weight - rounded) * SCALE
-        pack = torch.ops.quantized.linear_prepack_fp16
-        self.main = pack(rounded, bias)
-        self.rest = pack(rest, None) if bool(rest.any()) else None
+        with warnings.catch_warnings():  # both functions say once that they will be removed: see can_pack
+            warnings.simplefilter("ignore")
+            self.main = torch.fbgemm_pack_gemm_matrix_fp16(rounded)
+            self.rest = torch.fbgemm_pack_gemm_matrix_fp16(rest) if bool(rest.any()) else None
+            self(weight[:1])
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E), float32; has no gradient."""
-        y = torch.ops.quantized.linear_dynamic_fp16(x, self.main)
+        y = torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.main, self.bias)
         if self.rest is not None:
-            y.add_(torch.ops.quantized.linear_dynamic_fp16(x, self.rest), alpha=1 / SCALE)
+            y.add_(torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.rest, self.zero), alpha=1 / SCALE)
         return y
 
 
-def pack(weight: Tensor, bias: Tensor | None, earlier: Packed | None = None) -> Packed | None:
-    """A packed copy of a linear map, or None where it cannot be packed.
+_KEPT: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()  # not in the module: packs cannot be pickled
+
+
+def pack(owner: nn.Module, weight: Tensor, bias: Tensor | None, rows: int) -> Packed | None:
+    """A packed copy of a linear map, or None where packing it is impossible or no gain.
 
     Args:
+        owner: module that the weights belong to; the copy is kept for its next time, and made anew when the
+            weights have changed since.
         weight: (E, D). bias: (E,) or None.
-        earlier: a copy made before; given back if it still is one.
+        rows: how many rows are multiplied at a time.
     """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if not can_pack(weight):
+    if not can_pack(weight, rows):
         return None
-    if earlier is not None and earlier.checksum == checksum(weight, bias):
-        return earlier
-    return Packed(weight, bias)
+    kept = _KEPT.get(owner)
+    if kept is None or kept.checksum != checksum(weight, bias):
+        kept = _KEPT[owner] = Packed(weight, bias)
+    return kept
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that multiplies with its packed copy inside of ``packed(model)``."""
+    """``nn.Linear`` that multiplies with its packed copy within ``packed(model, rows)``."""
 
     active: Packed | None = None
-    kept: Packed | None = None  # from one drawing to the next
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) if self.active is None else self.active(x)
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Within this context the model's ``Linear`` layers use packed copies: for inference with few rows.
-
-    The copies are kept for the next time, and made anew where the weights have changed since.
-    """
+def packed(model: nn.Module, rows: int) -> Iterator[None]:
+    """Within this context the model's ``Linear`` layers use packed copies: for inference with so many rows."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    for layer in layers:
-        layer.active = layer.kept = pack(layer.weight, layer.bias, layer.kept)
     try:
+        for layer in layers:
+            layer.active = pack(layer, layer.weight, layer.bias, rows)
         yield
     finally:
         for layer in layers:

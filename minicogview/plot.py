@@ -148,6 +148,7 @@ def curve(
     title: str = "",
     log: bool = False,
     limits: Mapping[str, float] | None = None,
+    aside: bool = False,
 ) -> Figure:
     """Lines over a common axis.
 
@@ -156,6 +157,7 @@ def curve(
         xlabel, ylabel: with units.
         log: logarithmic values.
         limits: name -> value of horizontal lines, such as ``{"fp16 overflows": 65504}``.
+        aside: the legend stands to the right of the lines, for when there are many.
     """
     fig = figure()
     ax = fig.subplots()
@@ -168,7 +170,9 @@ def curve(
         ax.axhline(value, color="black", linestyle=":", linewidth=1)
         ax.text(0.01, value, name, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
-    if len(series) > 1:
+    if aside:
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif len(series) > 1:
         ax.legend()
     return fig
 
