@@ -173,7 +173,7 @@ PRESETS: dict[str, Preset] = {
             n_groups=8,
         ),
         LayoutConfig(max_text=48, grid=8, n_patches=3, patch_size=3),
-        SamplingConfig(temperature=0.7, top_k=16, n_clusters=64, text_weight=0.0, guidance=1.0),
+        SamplingConfig(temperature=0.3, top_k=16, n_clusters=64, text_weight=0.0, guidance=1.5),
         n_text_pieces=4500,
         level=0,
         n_layers=5,
