@@ -5,7 +5,7 @@ last line of a cell (or ``display`` it); in a script, call ``figure.savefig``. T
 which readers with any common colour blindness can tell apart; lines differ in dashes as well.
 
 Masks: a row is the token that looks, a column the token looked at; dark blue = may look. The strips along
-the edges say what each token is, and red marks beside a row say that its prediction counts in the loss.
+the edges say what each token is, and red marks beside a row say that its prediction counts.
 
 Shapes: ``S`` sequence length, ``N`` heads or pictures, ``V`` tokens.
 """
@@ -34,9 +34,8 @@ from minicogview.masking import Sample
 
 WIDTH = 7.2  # inches: a notebook's column
 MAP = "Blues"  # masks and attention: white = nothing, dark = all
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
-)  # fmt: skip
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = PALETTE
 GREY = "#BBBBBB"
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")

@@ -50,7 +50,7 @@ def test_the_same_seed_draws_the_same(judge: Judge) -> None:
 def test_captions_and_holes(judge: Judge) -> None:
     assert judge.captioning("en", n_pictures=30, n_names=30)["top1"] > 0.5
     filled = judge.infilling("en", n_pictures=8)
-    assert filled["psnr_tokenizer"] > filled["psnr"] > 8
+    assert filled["psnr_tokenizer"] + 1 > filled["psnr"] > 15  # other codes may happen to decode better
 
 
 def test_heldout_pairs_are_not_in_training() -> None:
