@@ -59,6 +59,7 @@ def save_model(
     }
     part = path.with_name(path.name + ".part")
     save_file(state, part, metadata={"kind": kind, "config": to_json(config)})
+    part.chmod(0o644)  # safetensors leaves it readable by its owner alone
     os.replace(part, path)
 
 

@@ -91,11 +91,9 @@ def cluster_choices(
             f"logits over {logits.shape[-1]} tokens, but cluster labels for {n_tokens}: "
             "cut the logits to the picture tokens, or use the labels that belong to this codebook"
         )
-    logits = logits.float()
-    # Softmax without its division, in one buffer: the masses are renormalised below anyway.
-    weight = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()  # (B, V)
-    mass = weight.new_zeros(*logits.shape[:-1], clusters.n_clusters)
-    mass.index_add_(-1, clusters.labels, weight)  # (B, C)
+    probability = (logits.float() / temperature).softmax(-1)  # (B, V)
+    mass = probability.new_zeros(*logits.shape[:-1], clusters.n_clusters)
+    mass.index_add_(-1, clusters.labels, probability)  # (B, C)
     best, kept = mass.topk(min(top_k, clusters.n_clusters))
     return kept, best / best.sum(-1, keepdim=True)
 

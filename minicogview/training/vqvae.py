@@ -134,9 +134,13 @@ class TokenizerObjective:
         codes, z = self._seen
         self.learner.update(codes, z)
         if step == self.revive_until:
-            self.learner.settle(self._vectors(step, n_batches=64), self._generator(step))
+            self.settle(step)
         elif step < self.revive_until and step % 10 == 0:
             self.learner.revive(z, self._generator(step))
+
+    def settle(self, step: int) -> int:
+        """Merge codebook rows that mean the same, judged on the batches from this step on; how many moved."""
+        return self.learner.settle(self._vectors(step, n_batches=32), self._generator(step))
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB on characters that training never sees."""
@@ -260,6 +264,8 @@ def train(
         if n:
             objective = TokenizerObjective(model, pictures, levels, revive_until=int(0.65 * n), seed=seed)
             fit(objective, Path(out_dir) / name, steps=n, lr=lr, progress=progress, **(SETTINGS | options))
+            if 0 in levels:  # rows have drifted together again: one code for white instead of several, for 0.1 dB
+                objective.settle(n)
     path = Path(out_dir) / "vqvae.safetensors"
     save_model(path, model, model.config, kind="vqvae")
     shipped = load_vqvae(path)
