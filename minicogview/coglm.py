@@ -77,7 +77,7 @@ class CogLM(nn.Module):
 
     # --- training -----------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
+    def loss(self, batch: Batch, targets: Tensor | None = None, text_weight: float = 1.0) -> Tensor:
         """Cross entropy in nats, summed over the rows that ``loss_mask`` marks, divided by their number.
 
         Args:
@@ -85,6 +85,8 @@ class CogLM(nn.Module):
             targets: (codes, codes) optional; row ``c`` is the distribution that a picture token whose true code
                 is ``c`` should be predicted with. Given, picture tokens are also scored against picture codes
                 alone, as they are when drawing; the original scores them against the whole vocabulary.
+            text_weight: used with ``targets``; a predicted text token counts as much as this many picture tokens,
+                of which a batch has many more.
         """
         hidden = self.transformer(batch.tokens, batch.positions, attention_bias(batch.mask))  # (B, S, D)
         hidden, labels = hidden[batch.loss_mask], batch.labels[batch.loss_mask]  # (rows, D), (rows,)
@@ -94,8 +96,8 @@ class CogLM(nn.Module):
         code_logits = self.transformer.logits(hidden[is_code], self.config.n_codes).float()
         text_logits = self.transformer.logits(hidden[~is_code]).float()
         total = F.cross_entropy(code_logits, targets[labels[is_code]], reduction="sum")
-        total = total + F.cross_entropy(text_logits, labels[~is_code], reduction="sum")
-        return total / len(labels)
+        total = total + text_weight * F.cross_entropy(text_logits, labels[~is_code], reduction="sum")
+        return total / (len(code_logits) + text_weight * len(text_logits))
 
     # --- the one loop behind drawing and filling in -----------------------------------------------------------
 

@@ -86,7 +86,7 @@ def test_every_variation_keeps_tone_and_almost_every_one_the_name(lang: str) -> 
                 assert TONE_PHRASES[lang][one.tone] in text.casefold()
                 others = [phrase for tone, phrase in TONE_PHRASES[lang].items() if tone != one.tone]
                 assert not re.search(rf"(?<![\w-])({'|'.join(others)})", text.casefold()) or lang == "zh"
-    assert lost / total <= 0.04
+    assert lost / total <= 0.06
     assert 0.33 <= plain / total <= 0.45
 
 

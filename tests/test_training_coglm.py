@@ -19,6 +19,7 @@ from minicogview.training.coglm import (
     CogLMRecipe,
     draw_region,
     embed_codebook,
+    lookalikes,
     spread_targets,
 )
 from minicogview.training.recipes import TOY_WEIGHTS
@@ -32,7 +33,12 @@ def data() -> CogLMData:
     tokenizer = Tokenizer(TOY_WEIGHTS / "text.model", CODES)
     scenes = [shapes.random_scene(random.Random(i)) for i in range(12)]
     codes = torch.randint(CODES, (12, 16), generator=generator)
-    return CogLMData(codes, lambda i, language, rng: shapes.caption(scenes[i], language), tokenizer)
+    return CogLMData(
+        codes,
+        lambda i, language, rng: shapes.caption(scenes[i], language),
+        lambda i, language: shapes.caption(scenes[i], language),
+        tokenizer,
+    )
 
 
 def make(data: CogLMData, **recipe: object) -> CogLMObjective:
@@ -67,7 +73,7 @@ def test_every_task_predicts_what_it_should(data: CogLMData, task: int) -> None:
     elif task == 3:
         assert not pictures.any() and len(labels) > 0
     else:
-        assert pictures.any() and (labels == data.tokenizer.eos).sum() == 16  # one end a caption
+        assert pictures.any() and (labels == data.tokenizer.eos).sum() == 32  # a caption in each language
 
 
 def test_noise_changes_inputs_and_never_labels(data: CogLMData) -> None:
@@ -76,6 +82,36 @@ def test_noise_changes_inputs_and_never_labels(data: CogLMData) -> None:
     assert torch.equal(clean.labels, noisy.labels)
     changed = clean.tokens != noisy.tokens
     assert changed.any() and (clean.tokens[changed] < CODES).all() and (noisy.tokens[changed] < CODES).all()
+
+
+def test_lookalikes_share_most_codes(data: CogLMData) -> None:
+    near = lookalikes(data.codes, 2)
+    for i, others in enumerate(near.tolist()):
+        shared = (data.codes == data.codes[i]).sum(1)
+        shared[i] = -1
+        assert i not in others and shared[others].min() >= shared.sort().values[-2]
+
+
+def test_inputs_of_a_lookalike_leave_the_labels_alone(data: CogLMData) -> None:
+    settings = {"max_noise": 0.0, "shares": (1.0, 0.0, 0.0, 0.0), "n_lookalikes": 3}
+    plain, mixed = make(data, lookalike=0.0, **settings).batch(0), make(data, lookalike=1.0, **settings).batch(0)
+    assert torch.equal(plain.labels, mixed.labels)
+    changed = plain.tokens != mixed.tokens
+    assert changed[:, -16:].float().mean() > 0.2 and not changed[:, :-16].any()
+
+
+def test_words_count_more_than_codes(data: CogLMData) -> None:
+    objective = make(data, shares=(0.0, 1.0, 0.0, 0.0))
+    batch = objective.batch(0)
+    wanted = batch.labels[batch.loss_mask]
+    n_words, n_codes = int((wanted >= CODES).sum()), int((wanted < CODES).sum())
+    with torch.no_grad():
+        one, many = (float(objective.model.loss(batch, objective.targets, weight)) for weight in (1.0, 1e6))
+        words = batch.loss_mask & (batch.labels >= CODES)
+        batch.loss_mask = words
+        alone = float(objective.model.loss(batch, objective.targets))
+    assert many == pytest.approx(alone, rel=1e-3)
+    assert one != pytest.approx(alone, rel=1e-3) and n_words > 0 and n_codes > 0
 
 
 def test_targets_are_distributions_and_favour_the_true_code() -> None:
@@ -104,7 +140,7 @@ def test_regions_are_holes_of_the_right_size() -> None:
 
 
 def test_all_tasks_are_learned_together(data: CogLMData, tmp_path) -> None:
-    objective = make(data, max_noise=0.05, spread=0.0)
+    objective = make(data, max_noise=0.05, spread=0.0, lookalike=0.0)
     with torch.no_grad():
         before = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
     fit(objective, tmp_path, steps=150, lr=3e-3, warmup=10, ema_decay=0.9, progress=False)

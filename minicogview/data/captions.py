@@ -3,7 +3,7 @@
 A model that has only seen "red apple" is lost before "a picture of a red apple". Training therefore draws
 every caption anew with `vary`: the plain name most often (35 %), else with an article, inside a template,
 with the skin tone at another place, or with tags. The skin tone is never dropped, and the name only in the
-rare captions of tags alone (3 %).
+rare captions of tags alone (5 %), or of the skin tone alone, which then has to be learned apart from any character.
 
 The forms, in English and in Chinese:
     name       man cook: medium skin tone              男厨师: 中等肤色
@@ -173,9 +173,9 @@ def vary(emoji: Emoji, lang: str, rng: random.Random) -> str:
     if draw < 0.35:
         return plain
     phrase = plain if rng.random() < 0.4 else reordered(emoji, lang, rng)
-    if draw < 0.38:
+    if draw < 0.40:
         caption = _tags_alone(emoji, lang, rng)
-    elif draw < 0.48:
+    elif draw < 0.50:
         caption = _with_tags(phrase, emoji, lang, rng)
     elif draw < 0.68:
         caption = with_article(phrase, lang, definite=rng.random() < 0.25)
@@ -193,7 +193,9 @@ def _with_tags(phrase: str, emoji: Emoji, lang: str, rng: random.Random) -> str:
 
 
 def _tags_alone(emoji: Emoji, lang: str, rng: random.Random) -> str:
-    """Two to four tags and the skin tone; the plain name where there are too few tags."""
+    """Two to four tags and the skin tone, or the tone alone; the plain name where there are too few tags."""
+    if emoji.tone and rng.random() < 0.5:
+        return TONE_PHRASES[lang][emoji.tone]
     usable = tags(emoji, lang)
     if len(usable) < 2:
         return name(emoji, lang)

@@ -5,8 +5,9 @@ original's (draw, caption with patch infilling, text spans); ``complete`` trains
 which the original met for the first time at inference. CogView2 (arXiv 2204.14217), section 3.1.
 
 The original never published this part. Ours adds what made a small model draw what it was not shown:
-token embeddings that start from the codebook, input codes replaced at random (so that the text is trusted more
-than the last tokens), targets spread over neighbouring codes, and captions left out now and then.
+token embeddings that start from the codebook, input codes replaced at random or by those of a picture that looks
+much the same (so that the text is trusted more than the last tokens), targets spread over neighbouring codes,
+captions left out now and then, and words that count more than codes, of which there are many more.
 
 Shapes: ``S`` sequence length, ``n`` picture tokens, ``K`` codebook size.
 """
@@ -35,11 +36,13 @@ LANGUAGES = ("en", "zh")
 class CogLMData:
     """Everything there is to learn from.
 
-    ``describe(i, language, rng)`` gives a caption of picture ``i``, a different one each time if it likes.
+    ``describe(i, language, rng)`` gives a caption of picture ``i``, a different one each time if it likes;
+    ``name(i, language)`` its plain name. Both names, English and Chinese, follow a picture that is captioned.
     """
 
     codes: Tensor  # (N, n) int64, coarse picture tokens
     describe: Callable[[int, str, random.Random], str]
+    name: Callable[[int, str], str]
     tokenizer: Tokenizer
 
 
@@ -48,9 +51,13 @@ class CogLMRecipe:
     """How samples are made. Shares and rates are between 0 and 1."""
 
     batch_size: int = 64
-    shares: tuple[float, ...] = (0.66, 0.15, 0.12, 0.07)  # of TASKS
+    shares: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)  # of TASKS
     no_caption: float = 0.1  # drawn without a text, for classifier-free guidance
-    max_noise: float = 0.25  # each sample's share of replaced input codes is uniform up to this
+    plain_caption: float = 0.5  # captions to be written are the plain name this often, else `describe`'s
+    text_weight: float = 3.0  # a predicted word counts as much as this many codes
+    lookalike: float = 0.4  # drawn with some of the input codes of another, similar picture
+    n_lookalikes: int = 8
+    max_noise: float = 0.3  # each sample's share of replaced input codes is uniform up to this
     foreign: float = 0.3  # of the replaced codes: any code; the others: a neighbour in the codebook
     spread: float = 0.1  # of each target given to neighbouring codes
     n_neighbours: int = 8
@@ -70,6 +77,16 @@ def spread_targets(codebook: Tensor, spread: float, count: int) -> Tensor:
     weights = (-squared / squared.mean(-1, keepdim=True).clamp_min(1e-12)).softmax(-1)
     targets = torch.eye(len(codebook)) * (1 - spread)
     return targets.scatter_add_(1, near, spread * weights)
+
+
+def lookalikes(codes: Tensor, count: int) -> Tensor:
+    """(N, count) rows of the pictures that share most codes with each picture of ``codes`` (N, n), place by place.
+
+    Among the emoji these are the same character in other skin tones, or another one with the same pose: pictures
+    that only the text tells apart.
+    """
+    shared = torch.stack([(codes == picture).sum(1) for picture in codes]).fill_diagonal_(-1)  # (N, N)
+    return shared.topk(min(count, len(codes) - 1)).indices
 
 
 def embed_codebook(model: CogLM, codebook: Tensor, generator: torch.Generator) -> None:
@@ -96,14 +113,15 @@ class CogLMObjective:
         self.model, self.data, self.recipe = model, data, recipe
         self.near = neighbours(codebook, recipe.n_neighbours)
         self.targets = spread_targets(codebook, recipe.spread, recipe.n_neighbours)
+        self.lookalikes = lookalikes(data.codes, recipe.n_lookalikes)
         self._validate = validate
         self._group = lru_cache(maxsize=1)(self._make_group)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of batch ``step`` in nats per predicted token."""
+        """Loss of batch ``step`` in nats per predicted token, words weighted."""
         device = self.model.device
         batch = self.batch(step).to(device)
-        loss = self.model.loss(batch, self.targets.to(device))
+        loss = self.model.loss(batch, self.targets.to(device), self.recipe.text_weight)
         return loss, {"samples": len(batch.tokens), "tokens": batch.tokens.numel()}
 
     def validate(self) -> dict[str, float]:
@@ -145,7 +163,10 @@ class CogLMObjective:
         return len(text) if task == "text" else len(text) + 1 + self.data.codes.shape[1]
 
     def _text(self, picture: int, task: str, language: str, rng: random.Random) -> list[int]:
-        """Token ids: a caption (closed by </s> where it is to be predicted), or several in a row."""
+        """Token ids of what is said about a picture, at most as many as fit."""
+        if task == "caption":
+            first, second = (self._caption(picture, each, rng) for each in _both(language))
+            return [*first, self.model.config.ids.pad, *second]
         limit, encode = self.model.config.layout.max_text, self.data.tokenizer.encode
         if task == "draw" and rng.random() < self.recipe.no_caption:
             return []
@@ -154,9 +175,14 @@ class CogLMObjective:
             while len(text) < limit:
                 other = rng.randrange(len(self.data.codes))
                 text += [self.data.tokenizer.eos, *encode(self.data.describe(other, rng.choice(LANGUAGES), rng))]
-        if task == "caption":
-            text = [*text[: limit - 2], self.data.tokenizer.eos]  # its language token takes a position too
         return text[:limit]
+
+    def _caption(self, picture: int, language: str, rng: random.Random) -> list[int]:
+        """A caption that is to be predicted, closed by </s>; its language token takes a position too."""
+        plain = rng.random() < self.recipe.plain_caption
+        text = self.data.name(picture, language) if plain else self.data.describe(picture, language, rng)
+        limit = self.model.config.layout.max_text - 2
+        return [*self.data.tokenizer.encode(text)[:limit], self.data.tokenizer.eos]
 
     def _sample(
         self, picture: int, task: str, language: str, text: list[int], length: int, rng: np.random.Generator
@@ -176,13 +202,26 @@ class CogLMObjective:
             raw = torch.cat([words, pads, codes])
             if task == "draw":
                 sample = masking.text_to_image(raw, ids, layout)
+                self._mix_in_lookalike(sample, picture, rng)
             else:
                 # Half of the pictures are left whole: that is how captions are scored and written.
                 corners = masking.draw_patches(seeded, layout) if rng.random() < 0.5 else []
-                start = ids.boe if language == "en" else ids.boc
-                sample = masking.image_to_text(raw, ids, layout, [start], corners)
+                starts = [{"en": ids.boe, "zh": ids.boc}[each] for each in _both(language)]
+                sample = masking.image_to_text(raw, ids, layout, starts, corners)
         self._add_noise(sample, rng)
         return sample
+
+    def _mix_in_lookalike(self, sample: Sample, picture: int, rng: np.random.Generator) -> None:
+        """Replace some or all of the picture's input codes, in place, by those of a picture that looks like it.
+
+        Otherwise a wrong first guess, of a skin tone for example, is kept up through the whole picture.
+        """
+        if rng.random() >= self.recipe.lookalike:
+            return
+        other = self.data.codes[rng.choice(self.lookalikes[picture].numpy())]
+        own = sample.tokens[-len(other) :]
+        hit = torch.from_numpy(rng.random(len(other)) < rng.uniform())
+        own[hit] = other[hit]
 
     def _add_noise(self, sample: Sample, rng: np.random.Generator) -> None:
         """Replace some input codes, in place; what is to be predicted stays as it was."""
@@ -192,6 +231,11 @@ class CogLMObjective:
         near = self.near.numpy()[tokens[hit], rng.integers(recipe.n_neighbours, size=hit.sum())]
         foreign = rng.integers(self.model.config.n_codes, size=hit.sum())
         tokens[hit] = np.where(rng.random(hit.sum()) < recipe.foreign, foreign, near)
+
+
+def _both(language: str) -> tuple[str, str]:
+    """Both languages, the given one first."""
+    return ("en", "zh") if language == "en" else ("zh", "en")
 
 
 def draw_region(grid: int, rng: np.random.Generator) -> Tensor:

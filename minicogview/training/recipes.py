@@ -35,7 +35,10 @@ def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
     def describe(i: int, language: str, rng: random.Random) -> str:
         return captions.vary(emoji[i], language, rng)
 
-    return CogLMData(encode_all(vqvae, pictures, preset.level), describe, tokenizer)
+    def name(i: int, language: str) -> str:
+        return captions.name(emoji[i], language)
+
+    return CogLMData(encode_all(vqvae, pictures, preset.level), describe, name, tokenizer)
 
 
 def train_coglm(
@@ -73,7 +76,13 @@ def train_coglm(
                 for split in ("names", "train", "heldout")
                 for lang in ("en", "zh")
             }
-        return {f"{name}/{key}": result[key] for name, result in results.items() for key in ("top1", "same_tone")}
+            results |= {f"captioning_{lang}": judge.captioning(lang, n_pictures=100) for lang in ("en", "zh")}
+        return {
+            f"{name}/{key}": result[key]
+            for name, result in results.items()
+            for key in ("top1", "same_tone")
+            if key in result
+        }
 
     objective = CogLMObjective(model, emoji_data(preset, vqvae, tokenizer), codebook, recipe, validate)
     summary = fit(objective, out, validate_every=judge_every, **settings)
