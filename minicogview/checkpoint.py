@@ -40,6 +40,12 @@ SAT_NAMES = {
     "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
     "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
 }
+# What the super-resolution stages have beside the transformer.
+SAT_MIXINS = {
+    "fine_position": "extra_position_embedding.position_embeddings",
+    "fine_attention.{}.qkv": "attention_plus.query_key_value.{}",
+    "fine_attention.{}.out": "attention_plus.dense.{}",
+}
 
 
 def save_model(
@@ -115,11 +121,16 @@ def load_coglm(path: str | Path) -> CogLM:
 
 
 def sat_to_ours(name: str) -> str:
-    """Our name of a SAT transformer parameter, such as ``transformer.layers.3.mlp.dense_h_to_4h.bias``."""
-    body, leaf = name.removeprefix("transformer.").rsplit(".", 1)
+    """Our name of a SAT parameter, such as ``transformer.layers.3.mlp.dense_h_to_4h.bias``.
+
+    Raises:
+        MiniCogViewError: if no CogView2 model has a parameter of this name.
+    """
+    names = SAT_MIXINS if name.startswith("mixins.") else SAT_NAMES
+    body, leaf = name.removeprefix("mixins.").removeprefix("transformer.").rsplit(".", 1)
     number = next((part for part in body.split(".") if part.isdigit()), "")
     pattern = ".".join("{}" if part.isdigit() else part for part in body.split("."))
-    for ours, theirs in SAT_NAMES.items():
+    for ours, theirs in names.items():
         if theirs == pattern:
             return f"{ours.format(number)}.{leaf}"
     raise MiniCogViewError(f"checkpoint parameter {name} is not known: is this a CogView2 checkpoint?")
@@ -152,6 +163,12 @@ def read_sat(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def sat_transformer(module: dict[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's part of a SAT ``module`` dictionary under our names (mixins are left out)."""
     return {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("transformer.")}
+
+
+def sat_super_resolution(module: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A super-resolution stage's SAT ``module`` dictionary under the names of ``DirectSR`` or ``IterativeSR``."""
+    base = {f"base.{name}": value for name, value in sat_transformer(module).items()}
+    return base | {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("mixins.")}
 
 
 def sat_config(sizes: dict, ids: SpecialIds, layout: LayoutConfig, n_codes: int) -> CogLMConfig:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from minicogview.cli_evaluate import captioning, infilling, retrieval, tokenizer
+from minicogview.cli_evaluate import captioning, infilling, retrieval, selection, tokenizer
 from minicogview.cli_generate import generate
 from minicogview.cli_shared import complain, print_json
 from minicogview.cli_train import train_coglm, train_text, train_vqvae
@@ -66,6 +66,7 @@ COMMANDS: dict[str, Any] = {
         "retrieval": retrieval,
         "captioning": captioning,
         "infilling": infilling,
+        "selection": selection,
         "tokenizer": tokenizer,
     },
     "info": info,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from minicogview.cli_shared import SHIPPED, Language, OptionalInt, Source, Weights, show
+from minicogview.cli_shared import SHIPPED, Language, OptionalFloat, OptionalInt, Source, Weights, show
+from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
     from minicogview.evaluate import Judge
@@ -50,6 +51,35 @@ def captioning(
         json: print n, n_names and top1 (share from 0 to 1) as JSON.
     """
     return show(judge(source, json).captioning(lang, n_pictures, n_names, seed), json)
+
+
+def selection(
+    split: Literal["names", "train", "heldout", "all"] = "heldout",
+    lang: Language = "en",
+    n: int = 8,
+    limit: int = 100,
+    temperature: OptionalFloat = None,
+    seed: int = 0,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """Draw several pictures of every name, and keep the one whose caption is the likeliest.
+
+    Args:
+        split: as for retrieval.
+        lang: language of the names.
+        n: pictures of each name.
+        limit: judge a fixed random choice of so many names.
+        temperature: of the sampler; the preset's if not given.
+        seed: of the drawing.
+        json: print n, and the shares of right pictures among all (random), the kept ones (kept) and the best (any).
+    """
+    if n < 1:
+        raise MiniCogViewError(f"--n is {n}: ask for 1 picture or more")
+    judged = judge(source, json)
+    if temperature is not None:
+        judged.model.sampling = judged.model.settings({"temperature": temperature})
+    return show(judged.selection(split, lang, n, seed, limit), json)
 
 
 def infilling(

@@ -41,6 +41,7 @@ def generate(
     /,
     source: Weights = SHIPPED,
     n: int = 4,
+    keep: OptionalInt = None,
     seed: int = 0,
     out: Folder = Path("pictures"),
     scale: OptionalInt = None,
@@ -54,6 +55,7 @@ def generate(
     Args:
         texts: what to draw, in English or Chinese.
         n: pictures of each text.
+        keep: keep so many of them: those whose text is the likeliest caption, best first; all if not given.
         seed: picture i follows from seed + i alone.
         out: folder for the files, made if missing.
         scale: every pixel becomes a square of this side; 1: as drawn; if not given, small pictures get 256 pixels.
@@ -68,6 +70,8 @@ def generate(
         raise MiniCogViewError(f"--scale is {scale}: use 1 (as drawn) or more")
     if n < 1:
         raise MiniCogViewError(f"--n is {n}: ask for 1 picture or more")
+    if keep is not None and not 1 <= keep <= n:
+        raise MiniCogViewError(f"--keep is {keep}: keep 1 to {n} (--n) of the pictures")
     if not 0 <= seed < 2**62:
         raise MiniCogViewError(f"--seed is {seed}: use a whole number from 0 to 2 ** 62")
     check_folder(out)
@@ -83,7 +87,7 @@ def generate(
     rows, stems = [], set[str]()
     for text in texts:
         try:
-            pictures = draw(model, text, n, seed, sampling, progress=not json)
+            pictures = draw(model, text, n, keep, seed, sampling, progress=not json)
         except MiniCogViewError as error:
             complain(f"{shorten(text)!r}: {error}" if len(texts) > 1 else str(error))
             reports.append({"text": text, "error": one_line(error)})
@@ -102,7 +106,9 @@ def generate(
     return 2 if len(rows) < len(texts) else 0
 
 
-def draw(model: CogView2, text: str, n: int, seed: int, sampling: dict[str, float], progress: bool) -> Pictures:
+def draw(
+    model: CogView2, text: str, n: int, keep: int | None, seed: int, sampling: dict[str, float], progress: bool
+) -> Pictures:
     """Draw one text with a progress bar, where there is a terminal to show it."""
     from tqdm import tqdm
 
@@ -112,7 +118,7 @@ def draw(model: CogView2, text: str, n: int, seed: int, sampling: dict[str, floa
         def on_step(done: int) -> None:
             bar.update(done - bar.n)
 
-        return model.generate(text, n, seed, on_step, **sampling)
+        return model.generate(text, n, seed, on_step, keep, **sampling)
 
 
 def write(pictures: Pictures, out: Path, stem: str, scale: int) -> Report:
@@ -122,8 +128,14 @@ def write(pictures: Pictures, out: Path, stem: str, scale: int) -> Report:
     files = [out / f"{stem}_{seed}.png" for seed in pictures.seeds]
     for image, path in zip(pictures, files, strict=True):
         save(enlarge(image, scale), path)
-    scores = [round(score, 4) for score in pictures.scores.tolist()]
-    return {"files": [str(path) for path in files], "scores": scores, "seeds": pictures.seeds}
+    report: Report = {
+        "files": [str(path) for path in files],
+        "scores": [round(score, 4) for score in pictures.scores.tolist()],
+        "seeds": pictures.seeds,
+    }
+    if pictures.caption_scores is not None:
+        report["caption_scores"] = [round(score, 4) for score in pictures.caption_scores.tolist()]
+    return report
 
 
 def shorten(text: str, limit: int = 40) -> str:
@@ -148,7 +160,8 @@ def print_pictures(reports: Sequence[Report]) -> None:
     drawn = [report for report in reports if "files" in report]
     for report in drawn:
         print(report["text"])
-        for path, score in zip(report["files"], report["scores"], strict=True):
-            print(f"    {path}    score {score:.2f}")
+        name = "caption_scores" if "caption_scores" in report else "scores"
+        for path, score in zip(report["files"], report[name], strict=True):
+            print(f"    {path}    {name.removesuffix('s').replace('_', ' ')} {score:.2f}")
     if drawn:
         print(f"all on one sheet, texts from top to bottom: {drawn[0]['sheet']}")

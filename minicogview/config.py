@@ -98,6 +98,22 @@ class CogLMConfig:
 
 
 @dataclass(frozen=True)
+class SuperResolutionConfig:
+    """What a super-resolution stage adds to the first stage: a finer grid of tokens beside it."""
+
+    coglm: CogLMConfig
+    n_text: int  # text slots in front, filled from the right; longer texts are cut
+    factor: int = 3  # fine grid / coarse grid, each way
+    window: tuple[int, int] = (9, 5)  # rows and columns of fine tokens that a fine token looks at
+    coarse_window: tuple[int, int] = (5, 5)  # the same on the coarse grid; direct super-resolution only
+
+    @property
+    def fine_grid(self) -> tuple[int, int]:
+        """Rows and columns of the fine picture, in tokens."""
+        return (self.coglm.layout.grid * self.factor,) * 2
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the next picture token is drawn (see ``sampling.py``)."""
 
@@ -121,6 +137,8 @@ class Preset:
     n_text_pieces: int  # SentencePiece pieces, without the three special tokens
     level: int  # which rate of the tokenizer the models use
     fine_factor: int = 3  # fine grid / coarse grid, each way
+    direct_text: int = 96  # text slots of direct super-resolution ...
+    iterative_text: int = 16  # ... and of the iterative one, which reads the first words only
 
     @property
     def ids(self) -> SpecialIds:
@@ -132,6 +150,16 @@ class Preset:
     def coglm(self) -> CogLMConfig:
         """Everything the first stage is built from."""
         return CogLMConfig(self.transformer, self.layout, self.ids, self.vqvae.codebook_size)
+
+    @property
+    def direct(self) -> SuperResolutionConfig:
+        """Everything that direct super-resolution is built from."""
+        return SuperResolutionConfig(self.coglm, self.direct_text, self.fine_factor)
+
+    @property
+    def iterative(self) -> SuperResolutionConfig:
+        """Everything that iterative super-resolution is built from."""
+        return SuperResolutionConfig(self.coglm, self.iterative_text, self.fine_factor)
 
     @property
     def coarse_pixels(self) -> int:

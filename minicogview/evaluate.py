@@ -135,6 +135,33 @@ class Judge:
             right += int(self.model.coglm.score_captions(picture, names, language).argmax()) == 0
         return {"n": len(asked), "n_names": n_names, "top1": right / len(asked)}
 
+    def selection(
+        self, split: str, lang: str, n: int = 8, seed: int = 0, limit: int = 100
+    ) -> dict[str, float]:
+        """Draw ``n`` pictures of every name and keep the one whose caption is the likeliest (post-selection).
+
+        Returns:
+            ``random``: share of all drawn pictures that are right (``retrieval``'s top-1); ``kept``: share of the kept
+            ones; ``any``: share of names with at least one right picture, the best that any selection could reach.
+        """
+        asked = _some(split, limit, random.Random(0))
+        texts = [captions.name(emoji, lang) for emoji in asked]
+        targets = torch.from_numpy(indices(asked)).repeat_interleave(n)
+        codes = self.draw([text for text in texts for _ in range(n)], seed)  # (M * n, codes)
+        right = (self.ranks(codes, targets)[0] == 0).unflatten(0, (-1, n))  # (M, n)
+        start = self.tokenizer.boe if lang == "en" else self.tokenizer.boc
+        kept = []
+        for text, pictures in zip(texts, codes.split(n), strict=True):
+            ids = [*self.tokenizer.encode(text), self.tokenizer.eos]
+            kept.append(int(self.model.coglm.score_captions(pictures, [ids] * n, start).argmax()))
+        best = right[torch.arange(len(asked)), kept]
+        return {
+            "n": len(asked),
+            "random": float(right.float().mean()),
+            "kept": float(best.float().mean()),
+            "any": float(right.any(1).float().mean()),
+        }
+
     def infilling(self, lang: str, n_pictures: int = 100, seed: int = 0) -> dict[str, float]:
         """Hide one half of training pictures and fill it in from the name and the other half.
 

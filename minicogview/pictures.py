@@ -32,6 +32,8 @@ class Pictures:
         tokens: (n, grid, grid) int64 picture codes.
         scores: (n,) float32, mean log-probability of the drawn tokens in nats, before temperature and top-k.
         text: what was asked for. seeds: one for each picture.
+        caption_scores: (n,) float32, how likely the text is as a caption of each picture (mean log-probability of its
+            tokens in nats), best first; None where nothing was selected by it.
     """
 
     images: list[Image.Image]
@@ -39,6 +41,7 @@ class Pictures:
     scores: Tensor
     text: str
     seeds: list[int]
+    caption_scores: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,6 +54,19 @@ class Pictures:
 
     def __repr__(self) -> str:
         return f"Pictures({len(self)} of {self.text!r}, seeds {self.seeds})"
+
+    def best(self, keep: int, caption_scores: Tensor) -> Pictures:
+        """The ``keep`` pictures with the highest caption scores (n,), best first."""
+        scores, order = caption_scores.sort(descending=True, stable=True)
+        kept = order[:keep].tolist()
+        return Pictures(
+            [self.images[i] for i in kept],
+            self.tokens[kept],
+            self.scores[kept],
+            self.text,
+            [self.seeds[i] for i in kept],
+            scores[:keep],
+        )
 
     def sheet(self, scale: int | None = None) -> Image.Image:
         """All pictures on one, at most 8 in a row; ``scale`` as for ``enlarge``, None: well visible."""

@@ -181,6 +181,7 @@ class CogView2:
         n: int = 4,
         seed: int = 0,
         on_step: Callable[[int], None] | None = None,
+        keep: int | None = None,
         **sampling: float,
     ) -> Pictures:
         """Draw ``n`` pictures of a text.
@@ -189,20 +190,26 @@ class CogView2:
             text: English or Chinese.
             seed: picture ``i`` follows from ``seed + i`` alone, not from ``n``.
             on_step: called with the number of tokens done so far, ``grid ** 2`` for each 32 pictures.
+            keep: post-selection: of the ``n`` pictures return only these many, those whose text the same model finds
+                the likeliest caption, best first. None returns all, in the order of their seeds.
             sampling: ``temperature``, ``top_k``, ``guidance`` and so on instead of the preset's; see
                 ``config.SamplingConfig``.
 
         Raises:
-            MiniCogViewError: if the text is empty or too long, n is below 1, or a setting is wrong.
+            MiniCogViewError: if the text is empty or too long, n is below 1, keep is not between 1 and n, or a
+                setting is wrong.
         """
         settings, ids = self.settings(sampling), self.encode(text)
+        if keep is not None and not 1 <= keep <= n:
+            raise MiniCogViewError(f"keep is {keep}: keep 1 to n = {n} of the pictures")
 
         def draw(seeds: list[int], done: int) -> Filled:
             report = None if on_step is None else lambda step: on_step(done + step)
             sampler = self.sampler(seeds, settings)
             return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
 
-        return self._in_batches(draw, text, n, seed)
+        pictures = self._in_batches(draw, text, n, seed)
+        return pictures if keep is None else pictures.best(keep, self._caption_scores(ids, pictures.tokens))
 
     def complete(
         self, text: str, picture: Picture, region: Any, n: int = 1, seed: int = 0, **sampling: float
@@ -251,6 +258,12 @@ class CogView2:
         return scores
 
     # --- helpers
+
+    def _caption_scores(self, ids: list[int], tokens: Tensor) -> Tensor:
+        """(n,) mean log-probability of one text's tokens as the caption of each picture (n, grid, grid)."""
+        texts, start = [[*ids, self.tokenizer.eos]] * BATCH, self.tokenizer.language_token(ids)
+        batches = tokens.flatten(1).split(BATCH)
+        return torch.cat([self.coglm.score_captions(b, texts[: len(b)], start).cpu() for b in batches])
 
     def _start(self, language: str) -> int:
         starts = {"en": self.tokenizer.boe, "zh": self.tokenizer.boc}

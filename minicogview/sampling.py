@@ -235,13 +235,16 @@ class Sampler:
         check(self.config)
         self.noise = uniforms(self.seeds, self.n_steps)  # (B, n_steps, 2)
 
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """Tokens (B,) from logits (B, V), or (1, V) shared by all, at generation step ``step`` from 0."""
+    def __call__(self, logits: Tensor, step: int | Tensor) -> Tensor:
+        """Tokens (B,) from logits (B, V), or (1, V) shared by all, at generation step ``step`` from 0.
+
+        Super-resolution draws many cells at once: then ``step`` is (S,), logits are (B, S, V), and so the tokens (B, S).
+        """
         if self.noise.device != logits.device:
             self.noise = self.noise.to(logits.device)
             self.clusters = self.clusters.to(logits.device) if self.clusters else None
         c = self.config
-        rows, noise = logits.expand(len(self.seeds), -1), self.noise[:, step]
+        rows, noise = logits.expand(len(self.seeds), *logits.shape[1:]), self.noise[:, step]
         return sample(rows, noise, c.temperature, c.top_k, c.cluster_temperature, self.clusters)
 
 

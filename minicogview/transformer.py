@@ -184,18 +184,24 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None, layer: int, cache: KVCache | None, record: Record | None
     ) -> Tensor:
+        return self.finish(x, self.attention(self.prepare(x), bias, layer, cache, record))
+
+    # The two halves around attention: super-resolution puts an attention of its own between them.
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What attention sees of the residual stream x (B, T, D)."""
+        return x if self.norm_order == "post" else self.attention_norm(x)
+
+    def finish(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add what attention returned, then the MLP's branch: (B, T, D)."""
         drop = self.dropout if self.training else _same  # calling a module costs time, also if it does nothing
         if self.norm_order == "post":
-            x = self.attention_norm(x + drop(self.attention(x, bias, layer, cache, record)))
+            x = self.attention_norm(x + drop(branch))
             return self.mlp_norm(x + drop(self.mlp(x)))
-        branch = self.attention(self.attention_norm(x), bias, layer, cache, record)
-        if self.norm_order == "sandwich":
-            branch = self.attention_out_norm(branch)
-        x = x + drop(branch)
+        sandwich = self.norm_order == "sandwich"
+        x = x + drop(self.attention_out_norm(branch) if sandwich else branch)
         branch = self.mlp(self.mlp_norm(x))
-        if self.norm_order == "sandwich":
-            branch = self.mlp_out_norm(branch)
-        return x + drop(branch)
+        return x + drop(self.mlp_out_norm(branch) if sandwich else branch)
 
 
 class Transformer(nn.Module):

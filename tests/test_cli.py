@@ -83,6 +83,15 @@ def test_generate_prints_json(tiny: list[str], capsys: pytest.CaptureFixture[str
     assert [Image.open(path).size for path in report["files"]] == [(12, 12)] * 2
 
 
+def test_generate_keeps_the_best(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n", "5", "--keep", "2", "--seed", "3", "--out", "kept"]
+    (report,) = run_json(capsys, "generate", "cat", *options, *tiny)
+    assert len(report["files"]) == 2 and sorted(report["caption_scores"], reverse=True) == report["caption_scores"]
+    assert [Path(file).stem for file in report["files"]] == [f"cat_{seed}" for seed in report["seeds"]]
+    _, out, _ = run(capsys, "generate", "cat", *options, *tiny)
+    assert out.count("caption score") == 2
+
+
 def test_generate_repeats_itself(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for n, seed, out in [("4", "0", "a"), ("4", "0", "b"), ("1", "3", "c")]:
         assert run(capsys, "generate", "cat", *tiny, "--n", n, "--seed", seed, "--out", out)[0] == 0
@@ -114,6 +123,7 @@ def test_file_names() -> None:
         (["generate", "apple " * 60], "text has 60 tokens, at most 48 fit"),
         (["generate", "cat", "--n", "0"], "--n is 0"),
         (["generate", "cat", "--n", "-3"], "--n is -3"),
+        (["generate", "cat", "--n", "2", "--keep", "3"], "--keep is 3: keep 1 to 2"),
         (["generate", "cat", "dog", "--seed", "-1"], "--seed is -1"),
         (["generate", "cat", "--scale", "0"], "--scale is 0"),
         (["generate", "cat", "dog", "--temperature", "-1"], "temperature -1.0 is below 0"),
@@ -209,9 +219,11 @@ def test_evaluate(tiny: list[str], few_pixels: None, capsys: pytest.CaptureFixtu
     assert result["n"] == 4 and result["n_names"] == 3 and 0 <= result["top1"] <= 1
     result = run_json(capsys, "evaluate", "infilling", "--n-pictures", "2", *tiny)
     assert set(result) == {"n", "psnr", "psnr_tokenizer", "exact"}
+    result = run_json(capsys, "evaluate", "selection", "--n", "2", "--limit", "3", "--temperature", "1", *tiny)
+    assert set(result) == {"n", "random", "kept", "any"} and result["n"] == 3
     status, out, _ = run(capsys, "evaluate", "infilling", "--n-pictures", "2", *tiny)
     assert status == 0 and out.splitlines()[0].split() == ["n", "2"]
-    for wrong in (["retrieval", "--limit", "0"], ["captioning", "--n-pictures", "3", "--n-names", "4"]):
+    for wrong in (["retrieval", "--limit", "0"], ["selection", "--n", "0"], ["captioning", "--n-pictures", "3", "--n-names", "4"]):
         status, out, err = run(capsys, "evaluate", *wrong, *tiny, "--json")
         assert (status, out, err.count("\n")) == (2, "", 1)
 

@@ -25,9 +25,26 @@ from torch import Tensor
 import minicogview
 from minicogview import checkpoint, masking, sampling
 from minicogview.coglm import Batch, CogLM
-from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig, get_preset
+from minicogview.config import (
+    CogLMConfig,
+    LayoutConfig,
+    SpecialIds,
+    SuperResolutionConfig,
+    TransformerConfig,
+    get_preset,
+)
+from minicogview.local_attention import Impl
+from minicogview.lopar import OFFICIAL, IterativeSR, lopar_attention
 from minicogview.masking import Sample
 from minicogview.sampling import Clusters
+from minicogview.super_resolution import (
+    CellSampler,
+    DirectSR,
+    direct_attention,
+    low_mask,
+    start_positions,
+    text_slots,
+)
 from minicogview.tokenizer import FIRST_CHINESE, Tokenizer
 from minicogview.transformer import KVCache, Record, attention_bias
 from minicogview.vqvae import VQVAE, from_official, from_official_name, official_config
@@ -570,3 +587,190 @@ def test_masks_of_inference() -> None:
         assert torch.equal(mask, expected), name
         kinds.add(kind)
     assert kinds == {"coglm", "comp"}
+
+
+# ---------------------------------------------------------------- super-resolution (section 5)
+
+
+def stage_sizes(n_heads: int, d_model: int, coarse: int, fine: int, kernel: int, kernel2: int) -> SuperResolutionConfig:
+    """Sizes of a stage whose attention alone is looked at; a kernel of size k is a window of 2k - 1 rows, k columns."""
+    transformer = TransformerConfig(n_layers=1, d_model=d_model, n_heads=n_heads, vocab_size=8)
+    config = CogLMConfig(transformer, LayoutConfig(grid=coarse), SpecialIds(pad=0, boi=0, boe=0, boc=0), n_codes=8)
+    return SuperResolutionConfig(config, 0, fine // coarse, (2 * kernel - 1, kernel), (kernel2, kernel2))
+
+
+def leaves(g: dict[str, Tensor], level: int, n_heads: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """q, k, v of one level as stored (B, S, D), which gather gradients, and with their heads apart."""
+    stored = {f"{name}{level}": g[f"{name}{level}"].clone().requires_grad_() for name in "qkv"}
+    q, k, v = (rearrange(x, "b s (n h) -> b s n h", n=n_heads) for x in stored.values())
+    return stored, (q, k, v)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "blocked"])
+def test_sr_attention_of_the_direct_stage(impl: Impl) -> None:
+    g = golden("sr/attention_dsr_small.safetensors")
+    _, n_heads, size, _, coarse, fine, kernel, kernel2 = g["meta"].tolist()
+    config = stage_sizes(n_heads, n_heads * size, coarse, fine, kernel, kernel2)
+    stored0, low = leaves(g, 0, n_heads)
+    stored1, high = leaves(g, 1, n_heads)
+    bias = attention_bias(g["mask"], g["log_attention_weights"])
+    outs = [y.flatten(2) for y in direct_attention(low, high, bias, config, impl=impl)]
+    sum((y * g[f"grad_out{level}"]).sum() for level, y in enumerate(outs)).backward()
+    raised = [y.flatten(2) for y in direct_attention(low, high, bias, config, coarse_bias=1.5, impl=impl)]
+    for level in (0, 1):
+        close(outs[level], g[f"out{level}"])
+        close(raised[level], g[f"out{level}_add_scalar_1p5"])
+    for name, leaf in (stored0 | stored1).items():
+        close(leaf.grad, g[f"grad_{name}"])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "blocked"])
+def test_sr_attention_of_the_iterative_stage(impl: Impl) -> None:
+    g = golden("sr/attention_itersr_small.safetensors")
+    _, n_heads, size, n_text, edge, kernel = g["meta"].tolist()
+    config = stage_sizes(n_heads, n_heads * size, edge, edge, kernel, kernel)
+    stored0, text = leaves(g, 0, n_heads)
+    stored1, high = leaves(g, 1, n_heads)
+    assert g["mask"].shape == g["log_attention_weights"].shape == (1, n_text)
+    real, weights = g["mask"].bool(), g["log_attention_weights"][0]
+    out = torch.cat([y.flatten(2) for y in lopar_attention(text, high, real, config, weights, impl)], dim=1)
+    close(out, g["out"])
+    (out * g["grad_out"]).sum().backward()
+    for name, leaf in (stored0 | stored1).items():
+        close(leaf.grad, g[f"grad_{name}"])
+
+
+def test_sr_position_start_values() -> None:
+    g = golden("sr/position_reinit.safetensors")
+    factor = math.isqrt(len(g["extra_positions"]) // golden_layout().n_image)
+    close(start_positions(g["base_positions"], golden_layout(), factor), g["extra_positions"], atol=0)
+
+
+def stage_config(name: str) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
+    """Sizes and weights of a golden super-resolution checkpoint, opened the way that a released one is."""
+    sizes, module = checkpoint.read_sat(GOLDEN / "sr" / f"cogview2-{name}")
+    golden_sizes = golden("sr/config.json")
+    assert (sizes["num_layers"], sizes["hidden_size"]) == (golden_sizes["layers"], golden_sizes["hidden"])
+    ids, layout = SpecialIds(pad=0, boi=golden_sizes["boi"], boe=0, boc=0), golden_layout()
+    n_codes = min(RELEASED.vqvae.codebook_size, sizes["vocab_size"])
+    slots = golden_sizes[f"{name}_layout"]  # text, then (direct: low level and) everything
+    factor = math.isqrt((slots[-1] - slots[-2]) // layout.n_image)
+    kernel, kernel2 = golden_sizes["kernel_size"], golden_sizes["kernel_size2"]
+    config = SuperResolutionConfig(
+        checkpoint.sat_config(sizes, ids, layout, n_codes), slots[0], factor, (2 * kernel - 1, kernel), (kernel2, kernel2)
+    )
+    return config, checkpoint.sat_super_resolution(module)
+
+
+@pytest.fixture(scope="module")
+def direct() -> DirectSR:
+    config, state = stage_config("dsr")
+    model = DirectSR(config).eval()
+    checkpoint.load_into(model, state, "golden checkpoint")
+    return model
+
+
+@pytest.fixture(scope="module")
+def iterative() -> IterativeSR:
+    config, state = stage_config("itersr")
+    model = IterativeSR(config).eval()
+    checkpoint.load_into(model, state, "golden checkpoint")
+    return model
+
+
+class Likeliest:
+    """The golden files' sampler: the likeliest of the first picture codes. Keeps margins and follows golden ties."""
+
+    def __init__(self, expected: Tensor, margin: Tensor) -> None:
+        self.expected, self.margin = expected.long(), margin  # (B, F) both, or fewer rows of margins
+        self.n_codes = golden("sr/config.json")["n_img"]
+
+    def __call__(self, logits: Tensor, cells: Tensor) -> Tensor:
+        choice, golden_choice = logits[..., : self.n_codes].argmax(-1), self.expected[:, cells]
+        rows = len(self.margin)
+        same_choices(choice[:rows], golden_choice[:rows], self.margin[:, cells])
+        assert torch.equal(choice[rows:], golden_choice[rows:])
+        return golden_choice
+
+
+def test_sr_direct_layout(direct: DirectSR) -> None:
+    g = golden("sr/dsr_forward.safetensors")
+    tokens, positions, real = text_slots(g["text_tokens"].tolist(), direct.config.n_text)
+    n_low = golden("sr/config.json")["dsr_layout"][1]
+    assert torch.equal(torch.cat([tokens, g["low_res_tokens"]], 1), g["model_tokens"][:, :n_low])
+    assert (g["model_tokens"][:, n_low:] == direct.config.coglm.ids.boi).all()
+    assert torch.equal(positions[0], g["position_ids"][: direct.config.n_text])
+    mask = low_mask(real, direct.config.coglm.layout.n_image)
+    assert (mask == g["attention_mask"].bool()).all()
+
+
+@torch.no_grad()
+def test_sr_direct_forward(direct: DirectSR) -> None:
+    g, record = golden("sr/dsr_forward.safetensors"), Record()
+    hidden = torch.cat(direct(g["text_tokens"].tolist(), g["low_res_tokens"], record), 1)
+    for layer, state in enumerate(record.hidden):
+        close(state[:1, g["rows"]], g[f"hidden_after_layer_{layer}_rows"])
+    logits = direct.base.logits(hidden, direct.config.coglm.n_codes)
+    close(logits[:1, g["rows"]], g["logits_rows"])
+    close(logits[1:, g["rows"][::8]], g["logits_rows_batch1"])
+    close(logits.logsumexp(-1), g["logsumexp"])
+    choice = logits[..., : golden("sr/config.json")["n_img"]].argmax(-1)
+    same_choices(choice, g["argmax_of_image_tokens"].long(), g["margin"])
+
+
+def test_sr_direct_upsampling(direct: DirectSR) -> None:
+    g = golden("sr/dsr_forward.safetensors")
+    n_low = golden("sr/config.json")["dsr_layout"][1]
+    sampler = Likeliest(g["result"], g["margin"][:, n_low:])
+    assert torch.equal(direct.upsample(g["text_tokens"].tolist(), g["low_res_tokens"], sampler), g["result"].long())
+
+
+LOPAR_FILES = ("lopar", "lopar_region", "lopar_long_text")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", LOPAR_FILES)
+def test_sr_lopar_inputs_and_logits(iterative: IterativeSR, file: str) -> None:
+    g, n_text = golden(f"sr/{file}.safetensors"), iterative.config.n_text
+    texts, boi = g["text_tokens"].tolist(), iterative.config.coglm.ids.boi
+    tokens, positions, real = text_slots(texts, n_text)
+    assert torch.equal(positions[0], g["position_ids"][:n_text])
+    assert torch.equal(real[:1], g["attention_mask"].bool())
+    before = g["high_res_in"].long()
+    for i, (inputs, after) in enumerate(zip(g["model_tokens"].long(), g["outputs"].long(), strict=True)):
+        masked = OFFICIAL.masked(i + 1, iterative.config.fine_grid)
+        if "input_mask" in g:
+            masked &= g["input_mask"].bool()
+        assert torch.equal(masked, g["remask"][i].bool())
+        expected = before.masked_fill(masked.flatten(), boi)
+        assert torch.equal(inputs, torch.cat([tokens, expected], 1))
+        before = after
+    for key in [key for key in g if key.startswith("logits_rows_step")]:
+        step = int(key.removeprefix("logits_rows_step"))
+        hidden = torch.cat(iterative(texts, g["model_tokens"][step - 1, :, n_text:].long()), 1)
+        logits = iterative.base.logits(hidden, iterative.config.coglm.n_codes)
+        rows = g["rows"] if step == 1 else g["rows"][::4]
+        close(logits[:1, rows], g[key])
+        if f"logsumexp_step{step}" in g:
+            close(logits.logsumexp(-1), g[f"logsumexp_step{step}"])
+    assert file == "lopar_region" or any(key.startswith("logits_rows_step") for key in g)
+
+
+@pytest.mark.parametrize("file", LOPAR_FILES)
+def test_sr_lopar_rounds(iterative: IterativeSR, file: str) -> None:
+    g = golden(f"sr/{file}.safetensors")
+    assert OFFICIAL.top_k == tuple(g["topk"].tolist())
+    n_known = len(g["outputs"])  # of a long text only the first round is stored
+    assert file == "lopar_long_text" or n_known == OFFICIAL.n_rounds
+    samplers: list[CellSampler] = [
+        Likeliest(output, margin.float()) for output, margin in zip(g["outputs"], g["margin"], strict=True)
+    ]
+    n_codes = golden("sr/config.json")["n_img"]
+    samplers += [lambda logits, cells: logits[..., :n_codes].argmax(-1)] * (OFFICIAL.n_rounds - n_known)
+    region = g.get("input_mask")
+    assert (region is not None) == (file == "lopar_region")
+    rounds = iterative.refine(g["text_tokens"].tolist(), g["high_res_in"].long(), samplers, OFFICIAL, region)
+    for ours, expected in zip(rounds, g["outputs"].long(), strict=False):
+        assert torch.equal(ours, expected)
+    differing = (rounds[-1] != g["result"].long()).float().mean()
+    assert differing == 0 if n_known == OFFICIAL.n_rounds else differing < 0.001

@@ -111,10 +111,26 @@ def test_sampling_settings_can_be_replaced(model: CogView2) -> None:
     assert model.sampling == TINY.sampling
 
 
+def test_post_selection_keeps_the_likeliest_captions_best_first(model: CogView2, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = model.generate("red apple", n=6, seed=3)
+    assert everything.caption_scores is None
+    scores = torch.stack([model.score(tokens, ["red apple"])[0] for tokens in everything.tokens])
+    monkeypatch.setattr(pipeline, "BATCH", 4)
+    kept = model.generate("red apple", n=6, seed=3, keep=2)
+    order = scores.argsort(descending=True)[:2]
+    assert len(kept) == 2 and kept.seeds == [everything.seeds[i] for i in order]
+    assert torch.equal(kept.tokens, everything.tokens[order])
+    assert all(np.array_equal(a, everything[i]) for a, i in zip(kept, order.tolist()))
+    assert kept.caption_scores is not None
+    torch.testing.assert_close(kept.caption_scores, scores[order])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"text": ""}, "text is empty"),
+        ({"text": "cat", "n": 2, "keep": 3}, "keep is 3: keep 1 to n = 2"),
+        ({"text": "cat", "keep": 0}, "keep is 0"),
         ({"text": " \n"}, "text is empty"),
         ({"text": "apple " * 60}, r"text has 60 tokens, at most 48 fit"),
         ({"text": "cat", "n": 0}, "n is 0"),

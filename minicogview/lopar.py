@@ -1,0 +1,228 @@
+"""Iterative super-resolution with LoPAR: mask a part of the fine tokens, guess it again, six times over.
+
+The idea: direct super-resolution chose every fine token by itself, so neighbours may disagree. A masked-token model
+looks at a text's first words and at the fine tokens around each cell, and a few rounds of masking and guessing make
+the cells agree. Cells guessed in the same round lie apart, so that those of one neighbourhood still follow one
+another: local parallel autoregressive generation. CogView2 (arXiv 2204.14217), section 3.3.
+
+Mirrors: ``sr_pipeline/itersr_model.py`` and ``itersr_sampling.py`` of the official code. Its schedule, a table of
+6 x 6 that is repeated over the picture, stands here as data. By that table 1300 of 3600 tokens are never guessed
+again, whatever the direct stage made of them.
+
+Shapes: ``B`` rows, ``G`` text slots, ``F`` fine tokens, ``D`` width, ``N`` heads, ``H`` head size, ``P`` tile side.
+
+Different on purpose: schedules of other lengths and tiles can be made by a rule (``spread_schedule``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minicogview.config import SuperResolutionConfig
+from minicogview.errors import MiniCogViewError
+from minicogview.local_attention import Global, Impl, local_attention
+from minicogview.super_resolution import (
+    CellSampler,
+    attend_everywhere,
+    check_codes,
+    choose_codes,
+    run_levels,
+    split_heads,
+    start_positions,
+    text_slots,
+)
+from minicogview.transformer import Record, Transformer, attention_bias
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which cells are masked in which round: those whose code in the repeated tile is at least the round's number.
+
+    Attributes:
+        tile: (P, P) whole numbers; a cell with code ``c`` is guessed in rounds 1 to ``c``, and never if it is below 1.
+        top_k: how many likeliest codes stay in play, one number for each round.
+    """
+
+    tile: tuple[tuple[int, ...], ...]
+    top_k: tuple[int, ...]
+
+    @property
+    def n_rounds(self) -> int:
+        """Passes of the model."""
+        return len(self.top_k)
+
+    def masked(self, round: int, grid: tuple[int, int]) -> Tensor:
+        """The cells (rows, columns) bool of a grid that are masked in ``round``, counted from 1."""
+        tile, (rows, columns) = torch.tensor(self.tile), grid
+        repeats = (-(-rows // len(tile)), -(-columns // tile.shape[1]))  # rounded up
+        return tile.repeat(repeats)[:rows, :columns] >= round
+
+
+OFFICIAL = Schedule(
+    tile=(
+        (-1, 0, 1, 2, 3, 4),
+        (0, -1, 2, -1, -2, 5),
+        (1, -2, 3, 4, 5, 6),
+        (2, 3, 4, 5, -1, 1),
+        (3, -1, -2, 0, -1, 2),
+        (4, 5, 6, 1, 3, -2),
+    ),
+    top_k=(40, 40, 40, 20, 20, 10),
+)
+
+
+def spread_order(side: int) -> list[tuple[int, int]]:
+    """The cells of a tile in an order that keeps each as far as it can be from those before it.
+
+    Distances go across the tile's borders, since the tile is repeated.
+    """
+    cells = [(row, column) for row in range(side) for column in range(side)]
+
+    def distance(a: tuple[int, int], b: tuple[int, int]) -> float:
+        steps = [min(abs(x - y), side - abs(x - y)) for x, y in zip(a, b, strict=True)]
+        return math.hypot(*steps)
+
+    order = [cells[0]]
+    while len(order) < len(cells):
+        # The tie-break prefers cells far from all others, not only from the nearest one.
+        rest = (cell for cell in cells if cell not in order)
+        order.append(max(rest, key=lambda c: (min(d := [distance(c, o) for o in order]), sum(d))))
+    return order
+
+
+def spread_schedule(n_rounds: int, side: int = 6, first: float = 0.64, last: float = 0.055, top_k: int = 20) -> Schedule:
+    """A schedule of any length by a rule: the share of masked cells falls evenly, and those left lie far apart.
+
+    Args:
+        n_rounds: rounds, at least 1. side: of the tile.
+        first, last: share of the cells masked in the first and in the last round; the defaults are those of
+            ``OFFICIAL``. At least one cell of the tile is masked in every round.
+        top_k: for every round.
+
+    Raises:
+        MiniCogViewError: if a number makes no schedule.
+    """
+    if n_rounds < 1 or side < 1 or top_k < 1 or not 0 < last <= first <= 1:
+        raise MiniCogViewError(
+            f"no schedule of {n_rounds} rounds, tile {side}, top_k {top_k}, shares {first} to {last}: "
+            "use at least 1 of each, and 0 < last <= first <= 1"
+        )
+    tile = [[0] * side for _ in range(side)]
+    for round in range(1, n_rounds + 1):
+        share = first + (last - first) * (round - 1) / max(n_rounds - 1, 1)
+        for row, column in spread_order(side)[: max(1, int(share * side * side + 0.5))]:
+            tile[row][column] = round
+    return Schedule(tuple(map(tuple, tile)), (top_k,) * n_rounds)
+
+
+def lopar_attention(
+    text: tuple[Tensor, Tensor, Tensor],
+    fine: tuple[Tensor, Tensor, Tensor],
+    real: Tensor,
+    config: SuperResolutionConfig,
+    text_bias: float | Tensor = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of one layer: text sees text; a fine token sees the text and the fine tokens around it.
+
+    Args:
+        text: q, k, v (B, G, N, H). fine: q, k, v (B, F, N, H).
+        real: (B or 1, G) bool, text slots that are in use.
+        text_bias: number or (G,), added to the fine tokens' scores of the text.
+
+    Returns:
+        (B, G, N, H) and (B, F, N, H).
+    """
+    everywhere = Global(text[1], text[2], real, text_bias)
+    fine_out = local_attention(*fine, config.fine_grid, config.window, everywhere=everywhere, impl=impl)
+    bias = attention_bias(real[:, None, :])  # (B, 1, 1, G): the same for every row
+    return attend_everywhere(*text, bias), fine_out
+
+
+class IterativeSR(nn.Module):
+    """A masked-token model of the fine grid; its weights start from CogLM's and are trained on.
+
+    Args:
+        config: sizes.
+        base: the transformer to stand on, shared and not copied; None makes a new one.
+    """
+
+    def __init__(self, config: SuperResolutionConfig, base: Transformer | None = None):
+        super().__init__()
+        self.config = config
+        sizes = config.coglm.transformer
+        self.base = Transformer(sizes) if base is None else base
+        self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
+        with torch.no_grad():
+            table = self.base.position_embedding.weight
+            self.fine_position.weight.copy_(start_positions(table, config.coglm.layout, config.factor))
+
+    def forward(
+        self, texts: Sequence[Sequence[int]], fine: Tensor, record: Record | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states after the final norm: text (B, G, D) and fine tokens (B, F, D).
+
+        Args:
+            texts: token ids of each text; only the first ``config.n_text`` are read.
+            fine: (B, F) codes, <start_of_image> where a cell is masked.
+            record: filled with the hidden states of both, (B, G + F, D) after each layer.
+        """
+        config, base = self.config, self.base
+        device = base.token_embedding.weight.device
+        tokens, positions, real = (t.to(device) for t in text_slots(texts, config.n_text))
+        text = base.token_embedding(tokens) + base.position_embedding(positions)  # (B, G, D)
+        cells = base.token_embedding(fine.to(device)) + self.fine_position.weight  # (B, F, D)
+        n_heads = config.coglm.transformer.n_heads
+
+        def attend(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+            attention = base.layers[i].attention
+            text, fine = lopar_attention(
+                split_heads(attention.qkv(text), n_heads), split_heads(attention.qkv(fine), n_heads), real, config
+            )
+            return attention.out(text.flatten(2)), attention.out(fine.flatten(2))
+
+        return run_levels(base, text, cells, attend, record)
+
+    @torch.no_grad()
+    def refine(
+        self,
+        texts: Sequence[Sequence[int]],
+        fine: Tensor,
+        samplers: Sequence[CellSampler],
+        schedule: Schedule = OFFICIAL,
+        region: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Guess a part of the fine tokens again, round after round.
+
+        Args:
+            texts: token ids of each text. fine: (B, F) codes of the direct stage.
+            samplers: one for each round of the schedule.
+            region: (rows, columns), 1 where tokens may change; None lets all of them.
+
+        Returns:
+            the codes (B, F) after each round.
+
+        Raises:
+            MiniCogViewError: if ``fine`` or ``region`` has another shape, or there is not one sampler for each round.
+        """
+        grid, ids, n_codes = self.config.fine_grid, self.config.coglm.ids, self.config.coglm.n_codes
+        check_codes(fine, grid[0] * grid[1], n_codes, "fine")
+        if len(samplers) != schedule.n_rounds:
+            raise MiniCogViewError(f"{len(samplers)} samplers for {schedule.n_rounds} rounds: give one for each")
+        if region is not None and tuple(region.shape) != grid:
+            raise MiniCogViewError(f"region of shape {tuple(region.shape)}: expected {grid}, one entry for each token")
+        fine, rounds = fine.to(self.base.token_embedding.weight.device), []
+        for round, sampler in enumerate(samplers, 1):
+            masked = schedule.masked(round, grid)
+            cells = torch.nonzero((masked if region is None else masked & region.cpu().bool()).flatten())[:, 0]
+            cells = cells.to(fine.device)
+            if len(cells):
+                _, hidden = self(texts, fine.index_fill(1, cells, ids.boi))
+                fine = fine.index_copy(1, cells, choose_codes(self.base, hidden, cells, n_codes, sampler))
+            rounds.append(fine)
+        return rounds

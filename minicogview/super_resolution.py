@@ -1,0 +1,210 @@
+"""Direct super-resolution: three times as many tokens each way, all of them in one pass.
+
+The idea: beside the text and the coarse picture ("low" level) stands a fine grid of tokens that all start as the
+same <start_of_image>. A fine token looks at the coarse cells around its own and at the fine tokens around itself,
+under one softmax (``local_attention.py``), and after the last layer each predicts its own code. Nothing tells two
+neighbours what the other one chose: that is what the iterative stage (``lopar.py``) is for.
+CogView2 (arXiv 2204.14217), section 3.3.
+
+Mirrors: ``sr_pipeline/dsr_model.py`` and ``dsr_sampling.py`` of the official code. CogLM stays frozen inside; new are
+the attention weights of the fine level and its positions. Norms, MLPs and the token table serve both levels.
+
+Shapes: ``B`` rows, ``L`` low slots (text slots + ``n`` coarse tokens), ``F`` fine tokens, ``D`` width, ``N`` heads,
+``H`` head size, ``V`` picture codes.
+
+Different on purpose: the original feeds the fine tokens one place late and then cuts one off, which cancels; here a
+slot predicts its own token. Texts too long for the slots are cut instead of failing later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from minicogview.config import LayoutConfig, SuperResolutionConfig
+from minicogview.errors import MiniCogViewError
+from minicogview.local_attention import Coarse, Impl, local_attention
+from minicogview.transformer import Attention, Record, Transformer, attention_bias
+
+CellSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (B, S, V), cells (S,)) -> (B, S) codes
+Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, low, fine -> what attention adds to each
+
+
+# --- what both super-resolution stages share ---------------------------------------------------------------------
+
+
+def text_slots(texts: Sequence[Sequence[int]], n_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``n_slots`` tokens of each text, moved to the right end of their slots.
+
+    Returns:
+        tokens (B, n_slots), id 0 where there is no text; positions (B, n_slots), counted from the first token; and
+        which slots hold text (B, n_slots) bool.
+    """
+    tokens = torch.zeros(len(texts), n_slots, dtype=torch.long)
+    positions, real = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        first = n_slots - min(len(text), n_slots)
+        tokens[row, first:] = torch.tensor(text[:n_slots], dtype=torch.long)
+        positions[row, first:] = torch.arange(n_slots - first)
+        real[row, first:] = True
+    return tokens, positions, real
+
+
+def start_positions(table: Tensor, layout: LayoutConfig, factor: int) -> Tensor:
+    """Start values (F, D) of the fine positions, from the base table (P, D): the coarse grid, laid out as tiles.
+
+    The grid is repeated, not enlarged, and begins at the row of <start_of_image>, one before the picture's first:
+    two accidents of the original that its released weights were trained from.
+    """
+    tile = table[layout.max_text : layout.max_text + layout.n_image]  # (n, D)
+    return repeat(tile, "(h w) d -> (a h b w) d", h=layout.grid, a=factor, b=factor)
+
+
+def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each (B, T, N, H), as views of a joint projection (B, T, 3 * D)."""
+    q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).unbind(2)
+    return q, k, v
+
+
+def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Ordinary attention for token-major q, k, v (B, T, N, H): (B, T, N, H)."""
+    q, k, v = (rearrange(t, "b t n h -> b n t h") for t in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)), "b n t h -> b t n h")
+
+
+def run_levels(
+    base: Transformer, low: Tensor, fine: Tensor, attend: Attend, record: Record | None = None
+) -> tuple[Tensor, Tensor]:
+    """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention."""
+    for i, layer in enumerate(base.layers):
+        to_low, to_fine = attend(i, layer.prepare(low), layer.prepare(fine))
+        low, fine = layer.finish(low, to_low), layer.finish(fine, to_fine)
+        if record is not None:
+            record.hidden.append(torch.cat([low, fine], dim=1))
+    return base.final_norm(low), base.final_norm(fine)
+
+
+def choose_codes(
+    base: Transformer, hidden: Tensor, cells: Tensor, n_codes: int, sampler: CellSampler, chunk: int = 1024
+) -> Tensor:
+    """Sample a code for each of the given cells (S,) from hidden states (B, F, D), a chunk of cells at a time.
+
+    In one piece the logits of four released pictures would take 4 x 3600 x 20000 floats, over a gigabyte.
+    """
+    return torch.cat([sampler(base.logits(hidden[:, part], n_codes), part) for part in cells.split(chunk)], dim=1)
+
+
+def check_codes(codes: Tensor, n_cells: int, n_codes: int, what: str) -> None:
+    """Raise MiniCogViewError unless ``codes`` is (B, n_cells) with values from 0 to n_codes - 1."""
+    if codes.ndim != 2 or codes.shape[1] != n_cells or (codes.numel() and not 0 <= codes.min() <= codes.max() < n_codes):
+        raise MiniCogViewError(
+            f"{what} codes of shape {tuple(codes.shape)}: expected (pictures, {n_cells}) with values 0..{n_codes - 1}"
+        )
+
+
+# --- direct super-resolution -------------------------------------------------------------------------------------
+
+
+def low_mask(real: Tensor, n_coarse: int) -> Tensor:
+    """Who may look at whom on the low level: (B, L, L) bool from the text slots that are in use (B, n_text).
+
+    Text does not see the picture; text and picture do not see empty slots. No order: everything else is in view.
+    """
+    n_text = real.shape[1]
+    in_use = F.pad(real, (0, n_coarse), value=True)  # (B, L)
+    mask = in_use[:, None, :] | ~in_use[:, :, None]
+    mask[:, :n_text, n_text:] = False
+    return mask
+
+
+def direct_attention(
+    low: tuple[Tensor, Tensor, Tensor],
+    fine: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor,
+    config: SuperResolutionConfig,
+    coarse_bias: float = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of one layer on both levels.
+
+    Args:
+        low: q, k, v (B, L, N, H), text slots first. fine: q, k, v (B, F, N, H).
+        bias: (B or 1, 1, L, L) from ``attention_bias``, for the low level.
+        coarse_bias: added to the scores of the coarse keys; above 0 it ties the fine picture closer to the coarse one.
+
+    Returns:
+        (B, L, N, H) and (B, F, N, H).
+    """
+    grid, n = config.coglm.layout.grid, config.coglm.layout.n_image
+    coarse = Coarse(low[1][:, -n:], low[2][:, -n:], (grid, grid), config.coarse_window, coarse_bias)
+    fine_out = local_attention(*fine, config.fine_grid, config.window, coarse=coarse, impl=impl)
+    return attend_everywhere(*low, bias), fine_out
+
+
+class DirectSR(nn.Module):
+    """CogLM's transformer with a fine level of tokens beside it.
+
+    Args:
+        config: sizes.
+        base: the transformer to stand on, shared and not copied; None makes a new one.
+    """
+
+    def __init__(self, config: SuperResolutionConfig, base: Transformer | None = None):
+        super().__init__()
+        self.config = config
+        sizes = config.coglm.transformer
+        self.base = Transformer(sizes) if base is None else base
+        self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
+        self.fine_attention = nn.ModuleList(Attention(sizes) for _ in range(sizes.n_layers))
+        self.start_from_base()
+
+    @torch.no_grad()
+    def start_from_base(self) -> None:
+        """Begin as the base: copy its attention weights, tile its positions."""
+        table, layout = self.base.position_embedding.weight, self.config.coglm.layout
+        self.fine_position.weight.copy_(start_positions(table, layout, self.config.factor))
+        for own, layer in zip(self.fine_attention, self.base.layers, strict=True):
+            own.load_state_dict(layer.attention.state_dict())
+
+    def forward(
+        self, texts: Sequence[Sequence[int]], coarse: Tensor, record: Record | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of both levels after the final norm: (B, L, D) and (B, F, D).
+
+        Args:
+            texts: token ids of each text, without start tokens. coarse: (B, n) codes.
+            record: filled with the hidden states of both levels, (B, L + F, D) after each layer.
+
+        Raises:
+            MiniCogViewError: if ``coarse`` has another shape or codes outside of the codebook.
+        """
+        config, layout, base = self.config, self.config.coglm.layout, self.base
+        check_codes(coarse, layout.n_image, config.coglm.n_codes, "coarse")
+        device = base.token_embedding.weight.device
+        tokens, positions, real = (t.to(device) for t in text_slots(texts, config.n_text))
+        places = torch.arange(layout.n_image, device=device).expand(len(coarse), -1) + layout.max_text + 1
+        low = base.token_embedding(torch.cat([tokens, coarse.to(device)], 1))
+        low = low + base.position_embedding(torch.cat([positions, places], 1))  # (B, L, D)
+        start = base.token_embedding.weight[config.coglm.ids.boi]
+        fine = (start + self.fine_position.weight).expand(len(coarse), -1, -1)  # (B, F, D)
+        bias = attention_bias(low_mask(real, layout.n_image))
+        n_heads = config.coglm.transformer.n_heads
+
+        def attend(i: int, low: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+            ours, own = base.layers[i].attention, self.fine_attention[i]
+            low_qkv, fine_qkv = split_heads(ours.qkv(low), n_heads), split_heads(own.qkv(fine), n_heads)
+            low, fine = direct_attention(low_qkv, fine_qkv, bias, config)
+            return ours.out(low.flatten(2)), own.out(fine.flatten(2))
+
+        return run_levels(base, low, fine, attend, record)
+
+    @torch.no_grad()
+    def upsample(self, texts: Sequence[Sequence[int]], coarse: Tensor, sampler: CellSampler) -> Tensor:
+        """Fine codes (B, F) in raster order for coarse codes (B, n): one pass, then every cell by itself."""
+        _, fine = self(texts, coarse)
+        cells = torch.arange(fine.shape[1], device=fine.device)
+        return choose_codes(self.base, fine, cells, self.config.coglm.n_codes, sampler)
