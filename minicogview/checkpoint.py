@@ -9,6 +9,7 @@ Mirrors: the checkpoint layout that SwissArmyTransformer 0.2.1 writes (``latest`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,11 +21,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minicogview.coglm import CogLM
-from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig, VQVAEConfig, from_json, to_json
+from minicogview.config import (
+    CogLMConfig,
+    LayoutConfig,
+    SpecialIds,
+    SuperResolutionConfig,
+    TransformerConfig,
+    VQVAEConfig,
+    from_json,
+    to_json,
+)
 from minicogview.errors import MiniCogViewError
+from minicogview.lopar import IterativeSR
+from minicogview.super_resolution import DirectSR
+from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
 
-CONFIG_TYPES = {"coglm": CogLMConfig, "vqvae": VQVAEConfig}
+CONFIG_TYPES = {
+    "coglm": CogLMConfig,
+    "vqvae": VQVAEConfig,
+    "direct": SuperResolutionConfig,
+    "iterative": SuperResolutionConfig,
+}
 
 # Ours on the left, SwissArmyTransformer's on the right; {} is the layer's number.
 SAT_NAMES = {
@@ -49,22 +67,31 @@ SAT_MIXINS = {
 
 
 def save_model(
-    path: str | Path, model: nn.Module, config: object, kind: str, dtype: torch.dtype = torch.float16
+    path: str | Path,
+    model: nn.Module,
+    config: object,
+    kind: str,
+    dtype: torch.dtype = torch.float16,
+    leave_out: str = "",
+    **facts: str,
 ) -> None:
     """Write a model's weights and configuration as one safetensors file, whole or not at all.
 
     Args:
-        kind: "coglm" or "vqvae": which configuration class the file carries.
+        kind: one of CONFIG_TYPES: which configuration class the file carries.
         dtype: type of the stored floating-point numbers.
+        leave_out: weights whose names start so stand in another file.
+        facts: further text for the file's header.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
         for name, value in model.state_dict().items()
+        if not (leave_out and name.startswith(leave_out))
     }
     part = path.with_name(path.name + ".part")
-    save_file(state, part, metadata={"kind": kind, "config": to_json(config)})
+    save_file(state, part, metadata={"kind": kind, "config": to_json(config), **facts})
     part.chmod(0o644)  # safetensors leaves it readable by its owner alone
     os.replace(part, path)
 
@@ -116,6 +143,43 @@ def load_coglm(path: str | Path) -> CogLM:
     """The first stage in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
     config, state = load_weights(path, "coglm")
     model = CogLM(config).eval()
+    load_into(model, state, path)
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells one set of weights from another: a hash of them, rounded to half precision as files keep them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_direct(path: str | Path, model: DirectSR) -> None:
+    """Write what ``DirectSR`` has beside CogLM's transformer; that one stays in CogLM's file."""
+    save_model(path, model, model.config, "direct", leave_out="base.", base=fingerprint(model.base))
+
+
+def load_direct(path: str | Path, base: Transformer) -> DirectSR:
+    """Direct super-resolution on top of CogLM's transformer, in eval mode.
+
+    Raises:
+        MiniCogViewError: as ``load_weights`` and ``load_into`` do; or if it was trained on top of other weights.
+    """
+    config, state = load_weights(path, "direct")
+    with safe_open(path, framework="pt") as file:
+        trained_on = file.metadata().get("base")
+    if base.config != config.coglm.transformer or trained_on != fingerprint(base):
+        raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
+    model = DirectSR(config, base).eval()
+    load_into(model, state | {f"base.{name}": value for name, value in base.state_dict().items()}, path)
+    return model
+
+
+def load_iterative(path: str | Path) -> IterativeSR:
+    """Iterative super-resolution, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
+    config, state = load_weights(path, "iterative")
+    model = IterativeSR(config).eval()
     load_into(model, state, path)
     return model
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from minicogview.cli_evaluate import captioning, infilling, retrieval, selection, tokenizer
+from minicogview.cli_evaluate import captioning, infilling, retrieval, selection, sharpness, tokenizer
 from minicogview.cli_generate import generate
 from minicogview.cli_shared import complain, print_json
-from minicogview.cli_train import train_coglm, train_text, train_vqvae
+from minicogview.cli_train import train_coglm, train_direct, train_iterative, train_text, train_vqvae
 from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError
 
@@ -61,12 +61,19 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,
-    "train": {"text": train_text, "vqvae": train_vqvae, "coglm": train_coglm},
+    "train": {
+        "text": train_text,
+        "vqvae": train_vqvae,
+        "coglm": train_coglm,
+        "direct": train_direct,
+        "iterative": train_iterative,
+    },
     "evaluate": {
         "retrieval": retrieval,
         "captioning": captioning,
         "infilling": infilling,
         "selection": selection,
+        "sharpness": sharpness,
         "tokenizer": tokenizer,
     },
     "info": info,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from minicogview.cli_shared import SHIPPED, Language, OptionalFloat, OptionalInt, Source, Weights, show
+from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
@@ -98,6 +99,36 @@ def infilling(
         json: print n, psnr and psnr_tokenizer (dB) and exact (share of codes) as JSON.
     """
     return show(judge(source, json).infilling(lang, n_pictures, seed), json)
+
+
+def sharpness(
+    split: Literal["names", "train", "tokenizer_heldout", "all"] = "tokenizer_heldout",
+    lang: Language = "en",
+    limit: int = 60,
+    seed: int = 0,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """How close super-resolution comes to the true fine tokens, beside bicubic enlargement.
+
+    Args:
+        split: names, train, tokenizer_heldout (characters that super-resolution saw in no colour), or all.
+        lang: language of the names.
+        limit: judge a fixed random choice of so many pictures.
+        seed: picture i is drawn with seed + i.
+        json: print n, psnr (dB) and ssim of bicubic, direct and lopar as JSON.
+    """
+    folder, preset = source.folder(), get_preset(source.preset or "toy")
+    from minicogview.checkpoint import load_coglm, load_direct, load_iterative, load_vqvae
+    from minicogview.evaluate import Sharpness
+    from minicogview.tokenizer import Tokenizer
+
+    vqvae = load_vqvae(folder / "vqvae.safetensors")
+    words = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, preset.level)
+    direct = load_direct(folder / "direct.safetensors", load_coglm(folder / "coglm.safetensors").transformer)
+    path = folder / "iterative.safetensors"
+    iterative = load_iterative(path) if path.exists() else None
+    return show(Sharpness(vqvae, words, preset).judge(direct, iterative, split, lang, limit, seed), json)
 
 
 def tokenizer(

@@ -6,8 +6,9 @@ Killed training goes on from its checkpoint when the same command is given again
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,6 +65,104 @@ def train_vqvae(
         precision=precision, device=device, resume=resume, progress=not json,
     )  # fmt: skip
     return show(result, json)
+
+
+def train_direct(
+    preset: str = "toy",
+    weights: OptionalFolder = None,
+    out: Folder = Path("runs/toy"),
+    steps: int = 6000,
+    lr: float = 1.5e-3,
+    batch_size: int = 8,
+    warmup: int = 100,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    judge_every: OptionalInt = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = True,
+    json: bool = False,
+) -> int:
+    """Train direct super-resolution on top of a finished CogLM.
+
+    Args:
+        preset: sizes of the model.
+        weights: folder with coglm.safetensors, vqvae.safetensors and text.model; the shipped ones if not given.
+        out: folder for direct.safetensors, checkpoints and logs.
+        steps: updates.
+        lr: highest learning rate.
+        batch_size: pictures in an update.
+        warmup: updates until the learning rate is reached.
+        precision: of the forward passes.
+        judge_every: updates between measuring PSNR; never if not given.
+        seed: of weights and batches.
+        device: auto, cpu, cuda, cuda:1, ...
+        resume: go on from the checkpoint in the folder, if there is one.
+        json: print the result as JSON.
+    """
+    from minicogview.training.recipes import train_direct as run
+
+    return _train_stage(run, "direct", preset, weights, out, batch_size, seed, json, judge_every=judge_every,
+        steps=steps, lr=lr, warmup=warmup, precision=precision, device=device, resume=resume)  # fmt: skip
+
+
+def train_iterative(
+    preset: str = "toy",
+    weights: OptionalFolder = None,
+    out: Folder = Path("runs/toy"),
+    steps: int = 6000,
+    lr: float = 6e-4,
+    batch_size: int = 8,
+    warmup: int = 100,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    judge_every: OptionalInt = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = True,
+    json: bool = False,
+) -> int:
+    """Train iterative super-resolution, which starts from CogLM and learns from the direct stage's results.
+
+    Args:
+        preset: sizes of the model.
+        weights: folder that also has direct.safetensors; the shipped ones if not given.
+        out: folder for iterative.safetensors, checkpoints and logs.
+        steps: updates.
+        lr: highest learning rate.
+        batch_size: pictures in an update.
+        warmup: updates until the learning rate is reached.
+        precision: of the forward passes.
+        judge_every: updates between measuring PSNR; never if not given.
+        seed: of weights and batches.
+        device: auto, cpu, cuda, cuda:1, ...
+        resume: go on from the checkpoint in the folder, if there is one.
+        json: print the result as JSON.
+    """
+    from minicogview.training.recipes import train_iterative as run
+
+    return _train_stage(run, "iterative", preset, weights, out, batch_size, seed, json, judge_every=judge_every,
+        steps=steps, lr=lr, warmup=warmup, precision=precision, device=device, resume=resume)  # fmt: skip
+
+
+def _train_stage(
+    run: Callable[..., dict[str, Any]],
+    name: str,
+    preset: str,
+    weights: Path | None,
+    out: Path,
+    batch_size: int,
+    seed: int,
+    json: bool,
+    **settings: Any,
+) -> int:
+    """Train one super-resolution stage and say where its weights are."""
+    sizes = get_preset(preset)
+    check_folder(out)
+    from minicogview.pipeline import find_folder
+    from minicogview.training.super_resolution import SuperResolutionRecipe
+
+    recipe = SuperResolutionRecipe(batch_size=batch_size, seed=seed)
+    result = run(sizes, find_folder(weights or preset), out, recipe=recipe, progress=not json, **settings)
+    return show({"weights": str(out / f"{name}.safetensors"), **result}, json)
 
 
 def train_coglm(

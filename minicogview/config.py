@@ -139,6 +139,9 @@ class Preset:
     fine_factor: int = 3  # fine grid / coarse grid, each way
     direct_text: int = 96  # text slots of direct super-resolution ...
     iterative_text: int = 16  # ... and of the iterative one, which reads the first words only
+    # The recipes' other temperatures (1.5 and 1.3) never reach the original's models.
+    direct_sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_k=100, cluster_temperature=0.89)
+    iterative_temperature: float = 1.0  # how many codes stay in play is part of LoPAR's schedule
 
     @property
     def ids(self) -> SpecialIds:

@@ -12,15 +12,21 @@ import random
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from minicogview.config import Preset, SamplingConfig
 from minicogview.data import captions
 from minicogview.data.emoji import Emoji, indices, load_emoji, render
 from minicogview.errors import MiniCogViewError
-from minicogview.metrics import psnr
+from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
+from minicogview.metrics import psnr, ssim
 from minicogview.pipeline import CogView2
+from minicogview.sampling import Clusters, Sampler, cluster_codebook
+from minicogview.super_resolution import DirectSR
+from minicogview.tokenizer import Tokenizer
 from minicogview.vqvae import VQVAE
 
 
@@ -193,9 +199,81 @@ class Judge:
         }
 
 
-def _some(split: str, n: int, rng: random.Random) -> list[Emoji]:
-    """``n`` emoji of a split in random order, or all of them where there are fewer."""
-    emoji = load_emoji(split)
+@dataclass
+class Sharpness:
+    """How close super-resolution comes to the true fine tokens, beside enlarging the coarse picture bicubically."""
+
+    vqvae: VQVAE
+    tokenizer: Tokenizer
+    preset: Preset
+
+    def __post_init__(self) -> None:
+        labels = cluster_codebook(self.vqvae.quantizer.codebook, self.preset.direct_sampling.n_clusters)
+        self.clusters = Clusters.of(labels)
+
+    @torch.no_grad()
+    def judge(
+        self,
+        direct: DirectSR,
+        iterative: IterativeSR | None,
+        split: str,
+        lang: str,
+        limit: int = 60,
+        seed: int = 0,
+        schedule: Schedule = OFFICIAL,
+    ) -> dict[str, float]:
+        """Start from the true coarse tokens of some pictures and compare with the decoded true fine tokens.
+
+        Characters that super-resolution never saw are judged under the split "tokenizer_heldout" alone.
+
+        Returns:
+            ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, for ``bicubic``, ``direct`` and,
+            where there is an iterative model, ``lopar``.
+        """
+        preset = self.preset
+        unseen = "tokenizer_heldout"
+        asked = _some(split, limit, random.Random(0), without="" if split == unseen else unseen)
+        rows = torch.from_numpy(indices(asked))
+        coarse, fine = (
+            encode_all(self.vqvae, emoji_pictures(size, progress=False)[rows], preset.level, batch_size=16)
+            for size in (preset.coarse_pixels, preset.fine_pixels)
+        )
+        true = decode_all(self.vqvae, fine, preset.level, batch_size=16)
+        blurred = decode_all(self.vqvae, coarse, preset.level)
+        results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}
+        names = [self.tokenizer.encode(captions.name(emoji, lang)) for emoji in asked]
+        drafts, refined = [], []
+        for part in torch.arange(len(asked)).split(16):
+            texts, seeds = [names[i] for i in part], [seed + int(i) for i in part]
+            sampler = Sampler(seeds, preset.direct_sampling, self.clusters, fine.shape[1])
+            drafts.append(direct.upsample(texts, coarse[part], sampler))
+            if iterative is not None:
+                samplers = round_samplers(seeds, preset, schedule)
+                refined.append(iterative.refine(texts, drafts[-1], samplers, schedule)[-1])
+        results["direct"] = decode_all(self.vqvae, torch.cat(drafts), preset.level, batch_size=16)
+        if refined:
+            results["lopar"] = decode_all(self.vqvae, torch.cat(refined), preset.level, batch_size=16)
+        numbers: dict[str, float] = {"n": len(asked)}
+        for name, pictures in results.items():
+            numbers[f"psnr_{name}"] = float(psnr(pictures, true).mean())
+            numbers[f"ssim_{name}"] = float(ssim(pictures, true).mean())
+        return numbers
+
+
+def round_samplers(seeds: list[int], preset: Preset, schedule: Schedule) -> list[Sampler]:
+    """What draws the tokens of each LoPAR round of pictures with these seeds: plain top-k, as the schedule says."""
+    n_cells = (preset.layout.grid * preset.fine_factor) ** 2
+    samplers = []
+    for number, top_k in enumerate(schedule.top_k, 1):
+        settings = SamplingConfig(temperature=preset.iterative_temperature, top_k=top_k)
+        samplers.append(Sampler([seed + (number << 40) for seed in seeds], settings, None, n_cells))
+    return samplers
+
+
+def _some(split: str, n: int, rng: random.Random, without: str = "") -> list[Emoji]:
+    """``n`` emoji of a split (and not of another) in random order, or all of them where there are fewer."""
+    left_out = {one.key for one in load_emoji(without)} if without else set()
+    emoji = [one for one in load_emoji(split) if one.key not in left_out]
     if n < 1:
         raise MiniCogViewError(f"cannot judge {n} pictures: ask for 1 or more")
     return rng.sample(emoji, n) if n < len(emoji) else emoji

@@ -174,7 +174,7 @@ def reference(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> 
 
 TILE: Size = (6, 6)  # queries; the best of nine that were measured on a CPU, in float32 and in bfloat16
 ONE_TILE_UP_TO = 256  # query tokens: on smaller grids halos overlap so much that one tile with all keys is faster
-CHUNK_BYTES = 2**22  # keys and values gathered at a time: what stays in a CPU's cache
+CHUNK_BYTES = {"cpu": 2**22, "other": 2**28}  # keys and values gathered at a time: what stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def in_window(dy: Tensor, dx: Tensor, window: Size, causal: bool) -> Tensor:
     return seen & ((dy < 0) | ((dy == 0) & (dx <= 0))) if causal else seen
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)  # tables made while drawing serve training too
 def make_tiling(
     grid: Size, windows: tuple[tuple[Size, Size], ...], n_global: int, causal: bool, tile: Size, device: torch.device
@@ -237,7 +237,7 @@ def make_tiling(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's fused attention: q (n, t, N, H), k, v (n, s, N, H), mask (1 or n, t, s), bias (n, s) -> (n, t, N, H)."""
+    """PyTorch's own attention: q (n, t, N, H), k, v (n, s, N, H), mask (1 or n, t, s), bias (n, s) -> (n, t, N, H)."""
     mask = mask[:, None]
     if bias is not None:
         mask = bias[:, None, None].to(q.dtype).masked_fill(~mask, float("-inf"))
@@ -280,7 +280,7 @@ def blocked(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float, tile:
         results = attend_tiles(q, keys, tiling, which, scale)
     else:
         tile_bytes = 2 * tiling.keys.shape[1] * n_heads * head_size * q.element_size()
-        chunk = max(1, CHUNK_BYTES // tile_bytes)
+        chunk = max(1, CHUNK_BYTES["cpu" if q.device.type == "cpu" else "other"] // max(1, tile_bytes))
         results = q.new_empty(len(which), n_queries, n_heads, head_size)
         for start in range(0, len(which), chunk):
             results[start : start + chunk] = attend_tiles(q, keys, tiling, which[start : start + chunk], scale)

@@ -29,6 +29,7 @@ from minicogview.local_attention import Global, Impl, local_attention
 from minicogview.super_resolution import (
     CellSampler,
     attend_everywhere,
+    attentions,
     check_codes,
     choose_codes,
     run_levels,
@@ -95,7 +96,9 @@ def spread_order(side: int) -> list[tuple[int, int]]:
     return order
 
 
-def spread_schedule(n_rounds: int, side: int = 6, first: float = 0.64, last: float = 0.055, top_k: int = 20) -> Schedule:
+def spread_schedule(
+    n_rounds: int, side: int = 6, first: float = 0.64, last: float = 0.055, top_k: int = 20
+) -> Schedule:
     """A schedule of any length by a rule: the share of masked cells falls evenly, and those left lie far apart.
 
     Args:
@@ -177,10 +180,10 @@ class IterativeSR(nn.Module):
         tokens, positions, real = (t.to(device) for t in text_slots(texts, config.n_text))
         text = base.token_embedding(tokens) + base.position_embedding(positions)  # (B, G, D)
         cells = base.token_embedding(fine.to(device)) + self.fine_position.weight  # (B, F, D)
-        n_heads = config.coglm.transformer.n_heads
+        n_heads, layers = config.coglm.transformer.n_heads, attentions(base)
 
         def attend(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-            attention = base.layers[i].attention
+            attention = layers[i]
             text, fine = lopar_attention(
                 split_heads(attention.qkv(text), n_heads), split_heads(attention.qkv(fine), n_heads), real, config
             )

@@ -238,7 +238,7 @@ class Sampler:
     def __call__(self, logits: Tensor, step: int | Tensor) -> Tensor:
         """Tokens (B,) from logits (B, V), or (1, V) shared by all, at generation step ``step`` from 0.
 
-        Super-resolution draws many cells at once: then ``step`` is (S,), logits are (B, S, V), and so the tokens (B, S).
+        Super-resolution draws many cells at once: then ``step`` is (S,), logits are (B, S, V), tokens (B, S).
         """
         if self.noise.device != logits.device:
             self.noise = self.noise.to(logits.device)

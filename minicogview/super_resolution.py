@@ -19,6 +19,7 @@ slot predicts its own token. Texts too long for the slots are cut instead of fai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from minicogview.config import LayoutConfig, SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Coarse, Impl, local_attention
-from minicogview.transformer import Attention, Record, Transformer, attention_bias
+from minicogview.transformer import Attention, Block, Record, Transformer, attention_bias
 
 CellSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (B, S, V), cells (S,)) -> (B, S) codes
 Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, low, fine -> what attention adds to each
@@ -76,11 +77,16 @@ def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)), "b n t h -> b t n h")
 
 
+def attentions(base: Transformer) -> list[Attention]:
+    """The attention module of each layer."""
+    return [cast(Block, layer).attention for layer in base.layers]
+
+
 def run_levels(
     base: Transformer, low: Tensor, fine: Tensor, attend: Attend, record: Record | None = None
 ) -> tuple[Tensor, Tensor]:
     """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention."""
-    for i, layer in enumerate(base.layers):
+    for i, layer in enumerate(cast(list[Block], base.layers)):
         to_low, to_fine = attend(i, layer.prepare(low), layer.prepare(fine))
         low, fine = layer.finish(low, to_low), layer.finish(fine, to_fine)
         if record is not None:
@@ -100,7 +106,8 @@ def choose_codes(
 
 def check_codes(codes: Tensor, n_cells: int, n_codes: int, what: str) -> None:
     """Raise MiniCogViewError unless ``codes`` is (B, n_cells) with values from 0 to n_codes - 1."""
-    if codes.ndim != 2 or codes.shape[1] != n_cells or (codes.numel() and not 0 <= codes.min() <= codes.max() < n_codes):
+    in_range = codes.numel() == 0 or bool(codes.min() >= 0 and codes.max() < n_codes)
+    if codes.ndim != 2 or codes.shape[1] != n_cells or not in_range:
         raise MiniCogViewError(
             f"{what} codes of shape {tuple(codes.shape)}: expected (pictures, {n_cells}) with values 0..{n_codes - 1}"
         )
@@ -167,8 +174,8 @@ class DirectSR(nn.Module):
         """Begin as the base: copy its attention weights, tile its positions."""
         table, layout = self.base.position_embedding.weight, self.config.coglm.layout
         self.fine_position.weight.copy_(start_positions(table, layout, self.config.factor))
-        for own, layer in zip(self.fine_attention, self.base.layers, strict=True):
-            own.load_state_dict(layer.attention.state_dict())
+        for own, attention in zip(self.fine_attention, attentions(self.base), strict=True):
+            own.load_state_dict(attention.state_dict())
 
     def forward(
         self, texts: Sequence[Sequence[int]], coarse: Tensor, record: Record | None = None
@@ -192,10 +199,10 @@ class DirectSR(nn.Module):
         start = base.token_embedding.weight[config.coglm.ids.boi]
         fine = (start + self.fine_position.weight).expand(len(coarse), -1, -1)  # (B, F, D)
         bias = attention_bias(low_mask(real, layout.n_image))
-        n_heads = config.coglm.transformer.n_heads
+        n_heads, of_low, of_fine = config.coglm.transformer.n_heads, attentions(base), list(self.fine_attention)
 
         def attend(i: int, low: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-            ours, own = base.layers[i].attention, self.fine_attention[i]
+            ours, own = of_low[i], cast(Attention, of_fine[i])
             low_qkv, fine_qkv = split_heads(ours.qkv(low), n_heads), split_heads(own.qkv(fine), n_heads)
             low, fine = direct_attention(low_qkv, fine_qkv, bias, config)
             return ours.out(low.flatten(2)), own.out(fine.flatten(2))

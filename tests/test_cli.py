@@ -223,7 +223,8 @@ def test_evaluate(tiny: list[str], few_pixels: None, capsys: pytest.CaptureFixtu
     assert set(result) == {"n", "random", "kept", "any"} and result["n"] == 3
     status, out, _ = run(capsys, "evaluate", "infilling", "--n-pictures", "2", *tiny)
     assert status == 0 and out.splitlines()[0].split() == ["n", "2"]
-    for wrong in (["retrieval", "--limit", "0"], ["selection", "--n", "0"], ["captioning", "--n-pictures", "3", "--n-names", "4"]):
+    too_few = ["captioning", "--n-pictures", "3", "--n-names", "4"]
+    for wrong in (["retrieval", "--limit", "0"], ["selection", "--n", "0"], too_few):
         status, out, err = run(capsys, "evaluate", *wrong, *tiny, "--json")
         assert (status, out, err.count("\n")) == (2, "", 1)
 
@@ -245,6 +246,20 @@ def test_train_coglm_makes_a_folder_that_can_be_used(
     assert run_json(capsys, "train", "coglm", *options, "--steps", "2")["start"] == 2  # nothing left to do
     assert run_json(capsys, "train", "coglm", *options, "--steps", "2", "--no-resume")["start"] == 0
     assert run(capsys, "generate", "cat", "--weights", "run", "--n", "1")[0] == 0
+
+
+def test_train_and_judge_super_resolution(
+    tiny: list[str], few_pixels: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = load_emoji("train")[:24]
+    monkeypatch.setattr("minicogview.training.recipes.load_emoji", lambda split: few if split == "train" else [])
+    options = ["--preset", "tiny", "--batch-size", "2", "--device", "cpu", "--steps", "2"]
+    (folder,) = (Path(tiny[i + 1]) for i, option in enumerate(tiny) if option == "--weights")
+    run_json(capsys, "train", "direct", *options, "--weights", str(folder), "--out", str(folder))
+    result = run_json(capsys, "train", "iterative", *options, "--weights", str(folder), "--out", str(folder))
+    assert result["weights"] == str(folder / "iterative.safetensors") and result["step"] == 2
+    numbers = run_json(capsys, "evaluate", "sharpness", "--limit", "3", "--preset", "tiny", "--weights", str(folder))
+    assert {"psnr_bicubic", "psnr_direct", "psnr_lopar", "ssim_lopar"} < set(numbers) and numbers["n"] == 3
 
 
 def test_train_vqvae_hands_its_options_on(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_super_resolution import CODES, TEXTS, tiny_config
 
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule, spread_order, spread_schedule
 from minicogview.sampling import Sampler
-from tests.test_super_resolution import CODES, TEXTS, tiny_config
 
 GRID = (12, 12)
 
@@ -39,7 +41,7 @@ def test_every_later_round_masks_a_part_of_the_one_before() -> None:
     for schedule in (OFFICIAL, spread_schedule(4, side=5)):
         masks = [schedule.masked(r, (25, 31)) for r in range(1, schedule.n_rounds + 1)]
         assert masks[0].shape == (25, 31)
-        for earlier, later in zip(masks, masks[1:], strict=False):
+        for earlier, later in pairwise(masks):
             assert not (later & ~earlier).any()
 
 
@@ -60,7 +62,9 @@ def test_schedules_by_rule(n_rounds: int, side: int, a: float, b: float) -> None
     assert abs(counts[0] - max(1.0, max(a, b) * side * side)) <= 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"n_rounds": 0}, {"n_rounds": 2, "first": 0.1, "last": 0.5}, {"n_rounds": 2, "side": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"n_rounds": 0}, {"n_rounds": 2, "first": 0.1, "last": 0.5}, {"n_rounds": 2, "side": 0}]
+)
 def test_impossible_schedules_are_refused(wrong: dict) -> None:
     with pytest.raises(MiniCogViewError, match="no schedule of"):
         spread_schedule(**wrong)

@@ -111,7 +111,7 @@ def test_sampling_settings_can_be_replaced(model: CogView2) -> None:
     assert model.sampling == TINY.sampling
 
 
-def test_post_selection_keeps_the_likeliest_captions_best_first(model: CogView2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_post_selection_keeps_the_likeliest_captions(model: CogView2, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = model.generate("red apple", n=6, seed=3)
     assert everything.caption_scores is None
     scores = torch.stack([model.score(tokens, ["red apple"])[0] for tokens in everything.tokens])

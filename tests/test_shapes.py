@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
+from minicogview.checkpoint import load_coglm, load_vqvae
+from minicogview.coglm import CogLM
 from minicogview.data.shapes import (
     COLOURS,
     HELDOUT_PAIRS,
@@ -23,7 +26,10 @@ from minicogview.data.shapes import (
     random_scene,
 )
 from minicogview.errors import MiniCogViewError
+from minicogview.tokenizer import Tokenizer
+from minicogview.training.recipes import TOY_WEIGHTS
 
+SHIPPED = TOY_WEIGHTS.parent / "shapes"
 SCENE = Scene(
     things=(Thing("small", "red", "circle"), Thing("big", "blue", "square")), relation="above", place=0
 )
@@ -145,3 +151,38 @@ def test_drawings_use_few_patches_of_four_pixels(size: int, most: int) -> None:
 def test_a_size_off_the_grid_is_refused() -> None:
     with pytest.raises(MiniCogViewError, match="multiple of 16"):
         draw(SCENE, 20)
+
+
+# --- What ships for the notebook on CogLM (scripts/make_shapes.py) --------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[CogLM, Tokenizer]:
+    vqvae = load_vqvae(SHIPPED / "vqvae.safetensors")
+    return load_coglm(SHIPPED / "coglm.safetensors"), Tokenizer(SHIPPED / "text.model", 24, vqvae)
+
+
+def test_shipped_text_model_has_a_piece_for_every_word(shipped: tuple[CogLM, Tokenizer]) -> None:
+    _, tokenizer = shipped
+    for scene in scenes(200):
+        english = caption(scene, "en")
+        assert len(tokenizer.encode(english)) == len(english.split())
+        assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in (english, caption(scene, "zh")))
+
+
+def test_shipped_tokenizer_keeps_scenes_exact(shipped: tuple[CogLM, Tokenizer]) -> None:
+    _, tokenizer = shipped
+    right = []
+    for scene in scenes(60):  # a third of them with held-out pairs
+        codes = tokenizer.encode_picture(torch.from_numpy(draw(scene, 16)).permute(2, 0, 1))
+        right.append(all(check(np.asarray(tokenizer.decode_picture(codes)), scene).values()))
+    assert np.mean(right) >= 0.95
+
+
+def test_shipped_coglm_fits_the_tokenizer_and_is_small(shipped: tuple[CogLM, Tokenizer]) -> None:
+    model, tokenizer = shipped
+    assert (model.config.ids, model.config.n_codes) == (tokenizer.special_ids, tokenizer.codebook_size)
+    assert model.config.transformer.vocab_size == tokenizer.vocab_size
+    assert (SHIPPED / "coglm.safetensors").stat().st_size < 1.5e6
+    tokens = model.generate([tokenizer.encode("a big red square")], lambda logits, step: logits.argmax(-1)).tokens
+    assert tokens.shape == (1, 16) and tokens.max() < tokenizer.codebook_size

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, SuperResolutionConfig, TransformerConfig, get_preset
+from minicogview.config import (
+    CogLMConfig,
+    LayoutConfig,
+    SpecialIds,
+    SuperResolutionConfig,
+    TransformerConfig,
+    get_preset,
+)
 from minicogview.errors import MiniCogViewError
 from minicogview.sampling import Sampler
 from minicogview.super_resolution import DirectSR, choose_codes, low_mask, start_positions, text_slots

@@ -33,6 +33,7 @@ TINY = Preset(
     ),
     layout=LayoutConfig(max_text=48, grid=3, n_patches=1, patch_size=2),
     sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
+    direct_sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
     n_text_pieces=N_PIECES,
     level=0,
 )

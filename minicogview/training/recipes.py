@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 
-from minicogview.checkpoint import load_vqvae, save_model
+from minicogview.checkpoint import load_coglm, load_direct, load_vqvae, save_direct, save_model
 from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluate import Judge, emoji_pictures, encode_all
+from minicogview.evaluate import Judge, Sharpness, emoji_pictures, encode_all
+from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
+from minicogview.sampling import Clusters, Sampler, cluster_codebook
+from minicogview.super_resolution import DirectSR
 from minicogview.tokenizer import Tokenizer
-from minicogview.training.coglm import CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
+from minicogview.training.coglm import LANGUAGES, CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.loop import fit
+from minicogview.training.lopar import IterativeObjective
+from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe
 from minicogview.vqvae import VQVAE
 
 TOY_WEIGHTS = Path(__file__).parents[1] / "weights" / "toy"
@@ -39,6 +44,22 @@ def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
         return captions.name(emoji[i], language)
 
     return CogLMData(encode_all(vqvae, pictures, preset.level), describe, name, tokenizer)
+
+
+def emoji_pairs(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> Pairs:
+    """The training split at both resolutions, without the characters that super-resolution is judged on."""
+    judged = {emoji.key for emoji in load_emoji("tokenizer_heldout")}
+    emoji = [one for one in load_emoji("train") if one.key not in judged]
+    rows = torch.from_numpy(indices(emoji))
+    coarse, fine = (
+        encode_all(vqvae, emoji_pictures(size)[rows], preset.level, batch_size=16)
+        for size in (preset.coarse_pixels, preset.fine_pixels)
+    )
+
+    def describe(i: int, language: str, rng: random.Random) -> str:
+        return captions.vary(emoji[i], language, rng)
+
+    return Pairs(coarse, fine, describe, tokenizer)
 
 
 def train_coglm(
@@ -87,4 +108,90 @@ def train_coglm(
     objective = CogLMObjective(model, emoji_data(preset, vqvae, tokenizer), codebook, recipe, validate)
     summary = fit(objective, out, validate_every=judge_every, **settings)
     save_model(out / "coglm.safetensors", model, preset.coglm, "coglm")
+    return summary
+
+
+def train_direct(
+    preset: Preset,
+    weights: Path,
+    out: Path,
+    *,
+    recipe: SuperResolutionRecipe | None = None,
+    judge_every: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train direct super-resolution on top of a finished CogLM and write ``out/direct.safetensors``.
+
+    Args:
+        weights: folder with ``coglm.safetensors``, ``vqvae.safetensors`` and ``text.model``.
+        judge_every: steps between measuring PSNR on 60 pictures. The rest as for ``train_coglm``.
+    """
+    recipe = recipe or SuperResolutionRecipe()
+    torch.manual_seed(recipe.seed)
+    vqvae = load_vqvae(weights / "vqvae.safetensors")
+    tokenizer = Tokenizer(weights / "text.model", preset.vqvae.codebook_size, vqvae, preset.level)
+    model = DirectSR(preset.direct, load_coglm(weights / "coglm.safetensors").transformer)
+    sharpness = Sharpness(vqvae, tokenizer, preset)
+
+    def validate(model: DirectSR) -> dict[str, float]:
+        with torch.autocast("cpu", enabled=False):
+            splits = ("train", "tokenizer_heldout")
+            results = {split: sharpness.judge(model, None, split, "en", limit=60) for split in splits}
+        return {f"{split}/{key}": value for split, result in results.items() for key, value in result.items()}
+
+    codebook = vqvae.quantizer.codebook.detach().float()
+    pairs = emoji_pairs(preset, vqvae, tokenizer)
+    objective = DirectObjective(model, pairs, codebook, recipe, validate=validate)
+    summary = fit(objective, out / "direct", validate_every=judge_every, **settings)
+    save_direct(out / "direct.safetensors", model)
+    return summary
+
+
+def make_drafts(model: DirectSR, pairs: Pairs, preset: Preset, codebook: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """What the direct stage makes of every training picture: (N, F) codes, for the iterative one to learn from."""
+    clusters = Clusters.of(cluster_codebook(codebook, preset.direct_sampling.n_clusters))
+    drafts = []
+    for rows in torch.arange(len(pairs.coarse)).split(batch):
+        rngs = [random.Random(int(row)) for row in rows]
+        said = [pairs.describe(int(row), rng.choice(LANGUAGES), rng) for row, rng in zip(rows, rngs, strict=True)]
+        texts = [pairs.tokenizer.encode(words) for words in said]
+        sampler = Sampler(rows.tolist(), preset.direct_sampling, clusters, pairs.fine.shape[1])
+        drafts.append(model.upsample(texts, pairs.coarse[rows], sampler))
+    return torch.cat(drafts)
+
+
+def train_iterative(
+    preset: Preset,
+    weights: Path,
+    out: Path,
+    *,
+    recipe: SuperResolutionRecipe | None = None,
+    judge_every: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train iterative super-resolution, starting from CogLM's weights, and write ``out/iterative.safetensors``.
+
+    Args:
+        weights: as for ``train_direct``, and ``direct.safetensors``: the model learns from that one's results.
+    """
+    recipe = recipe or SuperResolutionRecipe()
+    torch.manual_seed(recipe.seed)
+    vqvae = load_vqvae(weights / "vqvae.safetensors")
+    tokenizer = Tokenizer(weights / "text.model", preset.vqvae.codebook_size, vqvae, preset.level)
+    direct = load_direct(weights / "direct.safetensors", load_coglm(weights / "coglm.safetensors").transformer)
+    model = IterativeSR(preset.iterative, load_coglm(weights / "coglm.safetensors").transformer)
+    sharpness = Sharpness(vqvae, tokenizer, preset)
+
+    def validate(model: IterativeSR) -> dict[str, float]:
+        with torch.autocast("cpu", enabled=False):
+            splits = ("train", "tokenizer_heldout")
+            results = {split: sharpness.judge(direct, model, split, "en", limit=60) for split in splits}
+        return {f"{split}/{key}": value for split, result in results.items() for key, value in result.items()}
+
+    codebook = vqvae.quantizer.codebook.detach().float()
+    pairs = emoji_pairs(preset, vqvae, tokenizer)
+    drafts = make_drafts(direct, pairs, preset, codebook)
+    objective = IterativeObjective(model, pairs, codebook, recipe, drafts, validate=validate)
+    summary = fit(objective, out / "iterative", validate_every=judge_every, **settings)
+    save_model(out / "iterative.safetensors", model, preset.iterative, "iterative")
     return summary
