@@ -9,9 +9,9 @@ All compute the same numbers, which is checked at the start: queries of a fine g
     flex        PyTorch's FlexAttention, compiled; the compiler's time is not counted, and it has no backward on a CPU
     blocked     ``minicogview.local_attention``, tiles and halo
 
-Times are CPU seconds of one thread, medians, taken in turn so that a busy machine slows all of them; what takes more than
-ten seconds is run once. Memory is what the process's peak grew by, inputs not counted, result counted. What would need
-more than ``--gigabytes`` is not run, and the table says so.
+Times are CPU seconds of one thread, medians, taken in turn so that a busy machine slows all of them; what takes more
+than ten seconds is run once. Memory is what the process's peak grew by: the inputs are not counted, the result is. What
+would need more than ``--gigabytes`` is not run, and the table says so.
 
     python benchmarks/local_attention.py                    prints the table (about 10 minutes)
     python benchmarks/local_attention.py --json FILE        and writes it
@@ -21,6 +21,7 @@ more than ``--gigabytes`` is not run, and the table says so.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -172,7 +173,7 @@ WAYS: dict[str, Callable[[Setting], Attend]] = {
 
 
 def gigabytes(name: str, setting: Setting) -> float:
-    """Rough need of memory, of those ways whose need grows fast: numbers of one kind, and how many are alive at once."""
+    """Rough need of memory, of those ways whose need grows fast."""
     queries = setting.side**2
     keys = queries + (setting.side // RATIO) ** 2
     size = DTYPES[setting.dtype].itemsize
@@ -189,9 +190,11 @@ def peak_bytes(reset: bool = False) -> int | None:
     """The most memory this process has held since the last reset; None where the system does not tell."""
     try:
         if reset:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, so that using it again counts
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-    except OSError:
+    except (OSError, AttributeError):
         return None
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -232,7 +235,6 @@ def measure(setting: Setting, rounds: int, limit: float) -> list[dict]:
             attend = WAYS[name](setting)
             if name in ("blocked", "flex"):  # tables and compiled code are made once
                 run(attend, setting, own, coarse, direction)
-            gc.collect()
             own.grad = coarse.grad = None
             before = peak_bytes(reset=True)
             seconds, out = run(attend, setting, own, coarse, direction)
@@ -296,9 +298,8 @@ def main() -> None:
     rows = []
     for setting in settings(args.sides):
         direction = "forward + backward" if setting.backward else "forward"
-        print(
-            f"\n{setting.side} x {setting.side}, {setting.heads} heads of {setting.head_size}, {setting.dtype}, {direction}"
-        )
+        what = f"{setting.heads} heads of {setting.head_size}, {setting.dtype}, {direction}"
+        print(f"\n{setting.side} x {setting.side}, {what}")
         print(f"{'':10} {'CPU ms':>10} {'runs':>5} {'extra GB':>9} {'x unfold':>9} {'x dense':>8}")
         for row in measure(setting, args.rounds, args.gigabytes):
             numbers = (

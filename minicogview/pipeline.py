@@ -23,15 +23,17 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from minicogview.checkpoint import load_coglm, load_vqvae
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, CogLMConfig, Preset, SamplingConfig, VQVAEConfig, get_preset
+from minicogview.editing import Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import Pictures
 from minicogview.sampling import Clusters, Sampler, check, cluster_codebook, load_labels
-from minicogview.tokenizer import Picture, Tokenizer
+from minicogview.tokenizer import Picture, Tokenizer, open_picture, to_pil, to_tensor, upright
 from minicogview.vqvae import VQVAE
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -237,6 +239,31 @@ class CogView2:
             return self.coglm.complete(ids, codes.flatten(), hole, sampler, len(seeds), settings.text_weight)
 
         return self._in_batches(draw, text, n, seed)
+
+    def edit(self, text: str, picture: Picture, mask: Mask, n: int = 1, seed: int = 0, **sampling: float) -> Pictures:
+        """Draw what a mask marks anew, in a picture of any size; pixels outside of the mask stay as they are.
+
+        Args:
+            text: what the cut-out around the mask shows when it is done.
+            picture: file, PIL image, or tensor (3, H, W).
+            mask: array or tensor (H, W), or a picture of that size; see ``editing.to_mask``.
+            n, seed, sampling: as for ``complete``.
+
+        Returns:
+            whole pictures; their ``tokens`` are those of the cut-out.
+
+        Raises:
+            MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing.
+        """
+        image = to_pil(to_tensor(picture)) if isinstance(picture, Tensor) else None
+        if image is None:
+            image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
+        chosen = to_mask(mask, (image.height, image.width))
+        top, left, bottom, right = box = crop_box(chosen, least=self.grid)
+        codes = self.codes(image.crop((left, top, right, bottom)))
+        region = token_region(chosen[top:bottom, left:right], self.grid)
+        drawn = self.complete(text, codes, region, n, seed, **sampling)
+        return dataclasses.replace(drawn, images=[paste(image, patch, box, chosen) for patch in drawn])
 
     def caption(self, picture: Picture, language: str = "en") -> str:
         """Describe a picture in words, "en" or "zh": the likeliest word after word."""

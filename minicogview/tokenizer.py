@@ -264,13 +264,17 @@ def to_tensor(picture: Picture) -> Tensor:
         if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
             raise MiniCogViewError(f"picture tensor has shape {tuple(picture.shape)}: give (3, H, W)")
         return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
-    image = picture if isinstance(picture, Image.Image) else _open(Path(picture))
-    if image.mode.startswith("I;16"):  # grey with 16 bits, which convert() would clip to white
-        image = image.point(lambda value: value / 256).convert("L")
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return rearrange(flat, "(h w c) -> c h w", h=image.height, w=image.width).float() / 255
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as one sees it: turned as its EXIF data says, 8 bits, RGB, or RGBA where parts are transparent."""
+    if image.mode.startswith("I;16"):  # grey with 16 bits, which convert() would clip to white
+        image = image.point(lambda value: value / 256).convert("L")
+    return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
@@ -279,8 +283,12 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(array, "c h w -> h w c").contiguous().numpy())
 
 
-def _open(path: Path) -> Image.Image:
-    """Read a picture file whole, so that a damaged one is noticed here."""
+def open_picture(path: str | Path) -> Image.Image:
+    """Read a picture file whole, so that a damaged one is noticed here; too large ones are refused unread.
+
+    Raises:
+        MiniCogViewError: if the file is missing, no picture, damaged, or of more pixels than PIL takes.
+    """
     try:
         with Image.open(path) as image:
             image.load()

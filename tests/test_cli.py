@@ -207,6 +207,44 @@ def test_help_is_quick_because_it_loads_no_torch() -> None:
     assert ended.stdout.splitlines()[-1] == "0 False"
 
 
+# --- edit
+
+
+def test_edit_draws_inside_the_mask_alone(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(before).save("photo.png")
+    mask = np.zeros((30, 50), np.uint8)
+    mask[:15, 10:25] = 255
+    Image.fromarray(mask).save("mask.png")
+    painted = run_json(capsys, "edit", "a cat", "photo.png", "--mask", "mask.png", "--n", "2", "--out", "a", *tiny)
+    boxed = run_json(capsys, "edit", "a cat", "photo.png", "--box", "0", "0.2", "0.5", "0.5", "--n", "2", *tiny)
+    assert len(painted["files"]) == 2 and painted["seeds"] == [0, 1]
+    for one, other in zip(painted["files"], boxed["files"], strict=True):
+        after = np.asarray(Image.open(one))
+        assert np.array_equal(after, np.asarray(Image.open(other)))
+        assert np.array_equal(after[mask == 0], before[mask == 0]) and (after[mask > 0] != before[mask > 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --mask FILE or --box"),
+        (["--mask", "photo.png", "--box", "0", "0", "1", "1"], "either --mask FILE or --box"),
+        (["--box", "0.5", "0", "0.2", "1"], "top above bottom"),
+        (["--box", "0.5", "0", "0.51", "1"], "holds no pixel"),
+        (["--mask", "nowhere.png"], "nowhere.png does not exist"),
+        (["--mask", "black.png"], "marks nothing"),
+        (["--mask", "large.png"], "mask has size (9, 9), the picture (8, 8)"),
+    ],
+)
+def test_edit_refuses(tiny: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, side, colour in (("photo", 8, 90), ("black", 8, 0), ("large", 9, 255)):
+        Image.new("L", (side, side), colour).save(f"{name}.png")
+    status, out, err = run(capsys, "edit", "cat", "photo.png", *options, "--out", "new", *tiny)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+    assert not Path("new").exists()
+
+
 # --- evaluate, train, info
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minicogview
-from minicogview import checkpoint, masking, sampling
+from minicogview import checkpoint, editing, masking, sampling
 from minicogview.coglm import Batch, CogLM
 from minicogview.config import (
     CogLMConfig,
@@ -879,3 +879,21 @@ def test_sr_lopar_rounds(iterative: IterativeSR, file: str) -> None:
         assert torch.equal(ours, expected)
     differing = (rounds[-1] != g["result"].long()).float().mean()
     assert differing == 0 if n_known == OFFICIAL.n_rounds else differing < 0.001
+
+
+# ---------------------------------------------------------------- editing (section 2, completion_boxes.json)
+
+
+def test_completion_boxes() -> None:
+    cases, pixels, layout = golden("coglm/completion_boxes.json"), RELEASED.coarse_pixels * 3, golden_layout()
+    assert cases
+    for case in cases:
+        mask = editing.box_mask((pixels, pixels), case["h0_w0_h1_w1"])
+        assert list(editing.inner_box(mask)) == case["inner_box"]
+        box = editing.crop_box(mask)
+        assert list(box) == case["crop_box"]
+        crop = mask[box[0] : box[2], box[1] : box[3]]
+        assert list(crop.shape) == case["crop_shape"]
+        rows = ["".join(str(int(cell)) for cell in row) for row in editing.token_region(crop, layout.grid)]
+        assert rows == case["small_mask_rows"]
+        assert int(editing.token_region(crop, 3 * layout.grid).sum()) == case["big_mask_count"]
