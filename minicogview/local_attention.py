@@ -1,21 +1,21 @@
 """Local attention: every picture token looks at a window around itself, at a coarser picture, and at the text.
 
-The idea: on a fine grid nearby tokens matter most, so each query gets a fixed number of keys, and cost and memory
-grow with the number of tokens instead of its square. Keys of several kinds (a window of the same grid, a window of a
-coarser grid, a few words) share one softmax, so the model itself decides how much of each to use. CogView2 (Ding et
-al. 2022, arXiv 2204.14217), sections 3.3 and 4.
+The idea: nearby tokens matter most, so each query gets a fixed number of keys, and cost grows with the number of tokens
+instead of its square. A window of the same grid, one of a coarser grid and a few words share one softmax. CogView2
+(Ding et al. 2022, arXiv 2204.14217), sections 3.3 and 4.
 
-Mirrors: the original's CUDA operator ``sr_local_attention`` and the attention functions of its direct and iterative
-super-resolution models, ``golden/README.md`` sections 4 and 5.
+Mirrors: the CUDA operator ``localAttention`` that the official code installs separately, and the attention functions
+of ``sr_pipeline/dsr_model.py`` and ``itersr_model.py``, which join its scores with those of coarse or text keys.
 
-Shapes: ``B`` batch, ``Hi``,``Wi`` fine grid, ``T = Hi * Wi`` queries, ``h``,``w`` coarse grid, ``S`` keys of all
-kinds, ``N`` heads, ``H`` head size. Tokens come before heads, as the projections give them: nothing is permuted.
-Of a window ``(rows, columns)`` the original's is 9 ROWS x 5 COLUMNS; its authors may have meant a square.
+Shapes: ``B`` batch, ``Hi``, ``Wi`` fine grid, ``T = Hi * Wi`` queries, ``h``, ``w`` coarse grid, ``S`` keys of all
+kinds, ``G`` text keys, ``N`` heads, ``H`` head size. Tokens come before heads, as projections give them: nothing is
+permuted beforehand. Grids and windows are (rows, columns). The original's window is 9 ROWS x 5 COLUMNS: it takes one of
+``2 * 5 - 1`` by 5 cells, without causal order, probably by accident.
 
-Two forms with one signature, and a test that they agree:
+Two forms with one signature, and tests that they agree:
 
-reference  the dense form: all T x S scores, those outside the windows removed. To read, and for small grids.
-blocked    square tiles of queries, each with the rectangle of keys (its "halo") that any of them can see.
+reference  the dense form: all T x S scores, those outside the windows removed. To read.
+blocked    tiles of queries, each with the rectangle of keys (its "halo") that any of them can see. To use.
 
 Different on purpose: a key outside the grid and a masked text key are left out of the softmax, where the original
 gives them a score of -10000. Both round to a weight of exactly 0. A query that may see nothing gets zeros.
@@ -23,7 +23,7 @@ gives them a score of -10000. Both round to a weight of exactly 0. A query that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -82,7 +82,7 @@ def window_cells(query_grid: Size, key_grid: Size, window: Size, causal: bool = 
     h, w = key_grid
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)  # (Hi, Wi, rows, columns)
     index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-    cells = window[0] * window[1] // 2 + 1 if causal else window[0] * window[1]
+    cells = window[0] * window[1] // 2 + 1 if causal else None
     flat = "hi wi rows columns -> (hi wi) (rows columns)"
     return rearrange(index, flat)[:, :cells], rearrange(inside, flat)[:, :cells]
 
@@ -141,7 +141,7 @@ def collect_keys(parts: list[Part], batch: int) -> Keys:
         k=torch.cat([shared_by_group(p.k, batch) for p in parts], dim=1),
         v=torch.cat([shared_by_group(p.v, batch) for p in parts], dim=1),
         bias=None if no_bias else torch.cat([shared_by_group(key_bias(p, exact), batch) for p in parts], dim=1),
-        windows=tuple((p.grid, p.window) for p in parts if isinstance(p, Coarse)),
+        windows=tuple(((*p.grid,), (*p.window,)) for p in parts if isinstance(p, Coarse)),
         n_global=sum(p.k.shape[1] for p in parts if isinstance(p, Global)),
     )
 
@@ -174,7 +174,11 @@ def reference(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> 
 
 TILE: Size = (6, 6)  # queries; the best of nine that were measured on a CPU, in float32 and in bfloat16
 ONE_TILE_UP_TO = 256  # query tokens: on smaller grids halos overlap so much that one tile with all keys is faster
-CHUNK_BYTES = {"cpu": 2**22, "other": 2**28}  # keys and values gathered at a time: what stays in a CPU's cache
+CHUNK_BYTES = 2**22  # keys and values gathered at a time without gradients: what stays in a CPU's cache
+TRAINING_BYTES = (
+    2**24
+)  # keys gathered at a time with gradients: the system takes large blocks back, and fresh ones cost
+GPU_FACTOR = 64  # a GPU wants fewer and larger pieces
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,11 @@ def cut_axis(n_queries: int, n_keys: int, tile: int, window: int) -> tuple[Tenso
 
     Every tile gets equally many keys; at the border its halo is moved inwards, so that no index points outside.
     """
-    n_tiles = -(-n_queries // tile)
-    queries = (torch.arange(n_tiles)[:, None] * tile + torch.arange(tile)).clamp(max=n_queries - 1)
-    centres = queries // (n_queries // n_keys)
-    halo = min(int((centres[:, -1] - centres[:, 0]).max()) + window, n_keys)
+    starts, ratio = range(0, n_queries, tile), n_queries // n_keys
+    queries = (torch.tensor(starts)[:, None] + torch.arange(tile)).clamp(max=n_queries - 1)
+    centres = queries // ratio
+    spread = max((min(start + tile, n_queries) - 1) // ratio - start // ratio for start in starts)
+    halo = min(spread + window, n_keys)
     first = (centres[:, 0] - window // 2).clamp(0, n_keys - halo)
     keys = first[:, None] + torch.arange(halo)
     return queries, keys, keys[:, None, :] - centres[:, :, None]
@@ -203,7 +208,7 @@ def cut_axis(n_queries: int, n_keys: int, tile: int, window: int) -> tuple[Tenso
 
 def in_window(dy: Tensor, dx: Tensor, window: Size, causal: bool) -> Tensor:
     """Whether a key that lies ``dy`` rows below and ``dx`` columns right of a query's centre is one to look at."""
-    (rows, columns) = window
+    rows, columns = window
     seen = (dy >= -(rows // 2)) & (dy < rows - rows // 2) & (dx >= -(columns // 2)) & (dx < columns - columns // 2)
     return seen & ((dy < 0) | ((dy == 0) & (dx <= 0))) if causal else seen
 
@@ -246,10 +251,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, sc
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, s, N, H), counted through the whole batch: index (tiles, n) -> (tiles, n, N, H).
-
-    With F.embedding, whose backward pass adds whole rows; that of index_select is slower.
-    """
+    """Rows of x (B, s, N, H), counted through the whole batch: index (tiles, n) -> (tiles, n, N, H)."""
+    # Not index_select: on the way back, F.embedding adds whole rows at once.
     return F.embedding(index, rearrange(x, "b s n h -> (b s) (n h)")).unflatten(-1, x.shape[2:])
 
 
@@ -263,28 +266,44 @@ def attend_tiles(q: Tensor, keys: Keys, tiling: Tiling, which: Tensor, scale: fl
     return fused(gather(q, query_index), tile_k, tile_v, tiling.mask[tile], bias, scale)
 
 
-def blocked(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float, tile: Size | None = None) -> Tensor:
-    """The same numbers as ``reference``: q (B, T, N, H) -> (B, T, N, H), tile by tile.
+def in_chunks(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
+    """All tiles, a few at a time, without gradients: (B * tiles, tile queries, N, H)."""
+    batch, _, n_heads, head_size = q.shape
+    which = torch.arange(batch * len(tiling.keys), device=q.device)
+    chunk = max(1, limit // (2 * tiling.keys.shape[1] * n_heads * head_size * q.element_size()))
+    results = q.new_empty(len(which), tiling.queries.shape[1], n_heads, head_size)
+    for start in range(0, len(which), chunk):
+        results[start : start + chunk] = attend_tiles(q, keys, tiling, which[start : start + chunk], scale)
+    return results
 
-    Without gradients a few tiles are in memory at a time; with gradients all of them, which is faster.
-    """
-    if tile is None:
-        tile = grid if q.shape[1] <= ONE_TILE_UP_TO else TILE
+
+def in_groups(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
+    """The same with gradients: a few pictures and heads at a time, because the way back through ``split`` is cheap."""
+    batch, _, n_heads, head_size = q.shape
+    bytes_per_head = tiling.keys.numel() * head_size * q.element_size()  # of one picture
+    pictures = max(1, min(batch, limit // (n_heads * bytes_per_head)))
+    heads = max(1, min(n_heads, limit // (pictures * bytes_per_head)))
+    biases = [None] * max(1, batch) if keys.bias is None else keys.bias.split(pictures)
+    results = []
+    for rows_q, rows_k, rows_v, bias in zip(*(x.split(pictures) for x in (q, keys.k, keys.v)), biases):
+        which = torch.arange(len(rows_q) * len(tiling.keys), device=q.device)
+        cut = zip(*(x.split(heads, dim=2) for x in (rows_q, rows_k, rows_v)))
+        some = [attend_tiles(x, replace(keys, k=k, v=v, bias=bias), tiling, which, scale) for x, k, v in cut]
+        results.append(torch.cat(some, dim=2))
+    return torch.cat(results)
+
+
+def blocked(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> Tensor:
+    """The same numbers as ``reference``: q (B, T, N, H) -> (B, T, N, H), tile by tile."""
+    tile = grid if q.shape[1] <= ONE_TILE_UP_TO else TILE
     tiling = make_tiling(grid, keys.windows, keys.n_global, causal, tile, q.device)
     n_tiles, n_queries = tiling.queries.shape
     if n_tiles == 1:  # it holds everything, in order
         return fused(q, keys.k, keys.v, tiling.mask, keys.bias, scale)
-    batch, _, n_heads, head_size = q.shape
-    which = torch.arange(batch * n_tiles, device=q.device)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, keys.k, keys.v, keys.bias)):
-        results = attend_tiles(q, keys, tiling, which, scale)
-    else:
-        tile_bytes = 2 * tiling.keys.shape[1] * n_heads * head_size * q.element_size()
-        chunk = max(1, CHUNK_BYTES["cpu" if q.device.type == "cpu" else "other"] // max(1, tile_bytes))
-        results = q.new_empty(len(which), n_queries, n_heads, head_size)
-        for start in range(0, len(which), chunk):
-            results[start : start + chunk] = attend_tiles(q, keys, tiling, which[start : start + chunk], scale)
-    places = torch.arange(batch, device=q.device)[:, None] * n_tiles * n_queries + tiling.places
+    learning = any(x is not None and x.requires_grad for x in (q, keys.k, keys.v, keys.bias))
+    run, limit = (in_groups, TRAINING_BYTES) if learning and torch.is_grad_enabled() else (in_chunks, CHUNK_BYTES)
+    results = run(q, keys, tiling, scale, limit if q.device.type == "cpu" else GPU_FACTOR * limit)
+    places = torch.arange(len(q), device=q.device)[:, None] * n_tiles * n_queries + tiling.places
     return gather(results, places)
 
 
@@ -321,8 +340,7 @@ def check_part(name: str, part: Part, q: Tensor, grid: Size, causal: bool) -> No
         need(x.dtype == q.dtype, f"{label} is {x.dtype}, but q is {q.dtype}")
         need(x.device == q.device, f"{label} is on {x.device}, but q is on {q.device}")
     rows = len(part.k)
-    shared = len(q) % rows == 0 if rows else len(q) == 0
-    need(shared, f"k has {rows} rows: their number must divide that of q, {len(q)}")
+    need(len(q) % rows == 0 if rows else not len(q), f"k has {rows} rows: their number must divide that of q, {len(q)}")
     for label in ("bias", "mask"):
         extra = getattr(part, label, None)
         if isinstance(extra, Tensor):
@@ -367,13 +385,10 @@ def local_attention(
     if len(grid) != 2 or min(grid) < 1 or q.dim() != 4 or q.shape[1] != grid[0] * grid[1]:
         shape = tuple(q.shape)
         raise MiniCogViewError(f"local_attention: q has shape {shape}, expected (B, Hi * Wi, N, H) with grid {grid}")
-    parts: dict[str, Part] = {}
-    if k is not None and v is not None:
-        parts[""] = Coarse(k, v, grid, window)
-    if coarse is not None:
-        parts["coarse."] = coarse
-    if everywhere is not None:
-        parts["everywhere."] = everywhere
+    grid = grid[0], grid[1]  # a list would do as well
+    own = None if k is None or v is None else Coarse(k, v, grid, window)
+    named = {"": own, "coarse.": coarse, "everywhere.": everywhere}
+    parts: dict[str, Part] = {name: part for name, part in named.items() if part is not None}
     if (k is None) != (v is None) or not parts:
         raise MiniCogViewError("local_attention: give both k and v, or neither and coarse or global keys instead")
     for name, part in parts.items():

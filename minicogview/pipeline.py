@@ -255,8 +255,9 @@ class CogView2:
         Raises:
             MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing.
         """
-        image = to_pil(to_tensor(picture)) if isinstance(picture, Tensor) else None
-        if image is None:
+        if isinstance(picture, Tensor):
+            image = to_pil(to_tensor(picture))
+        else:
             image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
         chosen = to_mask(mask, (image.height, image.width))
         top, left, bottom, right = box = crop_box(chosen, least=self.grid)

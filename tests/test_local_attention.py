@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 from dataclasses import dataclass, replace
 
@@ -163,10 +162,6 @@ def test_cells_outside_are_marked_and_point_inside() -> None:
     assert (inside.sum(1) == 4).all()  # the window covers the whole coarse grid
 
 
-def test_the_docstring_example() -> None:
-    assert doctest.testmod(module).failed == 0
-
-
 # --- both forms
 
 
@@ -207,15 +202,14 @@ def test_blocked_equals_reference(case: Case) -> None:
         torch.testing.assert_close(call(case, leaves, "blocked"), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tile", [(1, 1), (2, 5), (6, 6), (7, 4), (100, 3)])
-def test_every_tile_size_gives_the_same(tile: Size) -> None:
-    case = CASES["all kinds"]
+@pytest.mark.parametrize("limit", [1, 2**19, 2**21])
+def test_pictures_and_heads_in_groups_give_the_same_gradients(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES["shared keys"], batch=4, heads=(5, 8))  # 69 kB a head
     leaves = inputs(case)
-    expected = call(case, leaves, "reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILE", tile)
-        patch.setattr(module, "ONE_TILE_UP_TO", 0)
-        torch.testing.assert_close(call(case, leaves, "blocked"), expected, atol=1e-5, rtol=0)
+    expected = gradients(call(case, leaves, "reference"), leaves)
+    monkeypatch.setattr(module, "TRAINING_BYTES", limit)
+    for (name, grad), wanted in zip(gradients(call(case, leaves, "blocked"), leaves).items(), expected.values()):
+        torch.testing.assert_close(grad, wanted, atol=3e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -258,6 +252,16 @@ def test_a_text_that_is_all_padding_gives_nothing_instead_of_nan() -> None:
     for impl in ("reference", "blocked"):
         out = local_attention(q, None, None, (17, 17), everywhere=Global(*kv, torch.zeros(4)), impl=impl)
         assert (out == 0).all()
+
+
+def test_sizes_may_be_lists_as_they_come_from_json() -> None:
+    case = CASES["coarse"]
+    leaves = inputs(case)
+    k, v = leaves["own"].unbind(2)[1:]
+    coarse = Coarse(*leaves["coarse"].unbind(2), list(case.coarse), list(case.coarse_window))
+    for impl in ("reference", "blocked"):
+        out = local_attention(leaves["q"], k, v, list(case.grid), list(case.window), coarse=coarse, impl=impl)
+        assert torch.equal(out, call(case, leaves, impl))
 
 
 def test_scale_is_a_factor_of_the_scores() -> None:
