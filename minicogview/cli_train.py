@@ -169,7 +169,7 @@ def train_coglm(
     preset: str = "toy",
     weights: OptionalFolder = None,
     out: Folder = Path("runs/toy"),
-    steps: int = 5000,
+    steps: int = 13000,
     lr: float = 1.2e-3,
     batch_size: int = 64,
     warmup: int = 200,

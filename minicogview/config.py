@@ -16,6 +16,7 @@ from typing import Any, Literal, get_type_hints
 from minicogview.errors import MiniCogViewError
 
 NormOrder = Literal["sandwich", "pre", "post"]
+FineStart = Literal["tiled", "coarse"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class SuperResolutionConfig:
     factor: int = 3  # fine grid / coarse grid, each way
     window: tuple[int, int] = (9, 5)  # rows and columns of fine tokens that a fine token looks at
     coarse_window: tuple[int, int] = (5, 5)  # the same on the coarse grid; direct super-resolution only
+    # What a fine token starts from. "tiled", as released: <start_of_image>, and start values of positions that repeat
+    # the coarse grid's. "coarse": the coarse token that covers it, and that token's position. Not in the original.
+    fine_start: FineStart = "tiled"
 
     @property
     def fine_grid(self) -> tuple[int, int]:
@@ -139,6 +143,7 @@ class Preset:
     fine_factor: int = 3  # fine grid / coarse grid, each way
     direct_text: int = 96  # text slots of direct super-resolution ...
     iterative_text: int = 16  # ... and of the iterative one, which reads the first words only
+    fine_start: FineStart = "tiled"  # see SuperResolutionConfig
     # The recipes' other temperatures (1.5 and 1.3) never reach the original's models.
     direct_sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_k=100, cluster_temperature=0.89)
     iterative_temperature: float = 1.0  # how many codes stay in play is part of LoPAR's schedule
@@ -157,12 +162,12 @@ class Preset:
     @property
     def direct(self) -> SuperResolutionConfig:
         """Everything that direct super-resolution is built from."""
-        return SuperResolutionConfig(self.coglm, self.direct_text, self.fine_factor)
+        return SuperResolutionConfig(self.coglm, self.direct_text, self.fine_factor, fine_start=self.fine_start)
 
     @property
     def iterative(self) -> SuperResolutionConfig:
         """Everything that iterative super-resolution is built from."""
-        return SuperResolutionConfig(self.coglm, self.iterative_text, self.fine_factor)
+        return SuperResolutionConfig(self.coglm, self.iterative_text, self.fine_factor, fine_start=self.fine_start)
 
     @property
     def coarse_pixels(self) -> int:
@@ -182,12 +187,17 @@ def _preset(
     sampling: SamplingConfig,
     n_text_pieces: int,
     level: int,
+    fine: dict[str, Any] | None = None,
     **transformer: Any,
 ) -> Preset:
-    """Fill in the sizes that follow from others: vocabulary and, unless given, number of positions."""
+    """Fill in the sizes that follow from others: vocabulary and, unless given, number of positions.
+
+    ``fine`` are the settings of the super-resolution stages that differ from the released ones.
+    """
     transformer.setdefault("vocab_size", vqvae.codebook_size + n_text_pieces + 3)
     transformer.setdefault("max_positions", layout.max_text + 1 + layout.n_image)
-    return Preset(name, vqvae, TransformerConfig(**transformer), layout, sampling, n_text_pieces, level)
+    sizes = TransformerConfig(**transformer)
+    return Preset(name, vqvae, sizes, layout, sampling, n_text_pieces, level, **(fine or {}))
 
 
 PRESETS: dict[str, Preset] = {
@@ -207,6 +217,11 @@ PRESETS: dict[str, Preset] = {
         SamplingConfig(temperature=0.3, top_k=16, n_clusters=64, text_weight=0.0, guidance=1.5),
         n_text_pieces=4500,
         level=0,
+        fine={
+            "direct_text": 48,
+            "fine_start": "coarse",
+            "direct_sampling": SamplingConfig(temperature=0.3, top_k=16, n_clusters=64),
+        },
         n_layers=5,
         d_model=256,
         n_heads=4,

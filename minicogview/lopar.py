@@ -163,7 +163,8 @@ class IterativeSR(nn.Module):
         self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
         with torch.no_grad():
             table = self.base.position_embedding.weight
-            self.fine_position.weight.copy_(start_positions(table, config.coglm.layout, config.factor))
+            start = start_positions(table, config.coglm.layout, config.factor, config.fine_start)
+            self.fine_position.weight.copy_(start)
 
     def forward(
         self, texts: Sequence[Sequence[int]], fine: Tensor, record: Record | None = None

@@ -13,7 +13,8 @@ Shapes: ``B`` rows, ``L`` low slots (text slots + ``n`` coarse tokens), ``F`` fi
 ``H`` head size, ``V`` picture codes.
 
 Different on purpose: the original feeds the fine tokens one place late and then cuts one off, which cancels; here a
-slot predicts its own token. Texts too long for the slots are cut instead of failing later.
+slot predicts its own token. Texts too long for the slots are cut instead of failing later. ``fine_start="coarse"``
+lets a fine token start as the coarse token above it, which a small model learns from far sooner (docs/notes.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from minicogview.config import LayoutConfig, SuperResolutionConfig
+from minicogview.config import FineStart, LayoutConfig, SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Coarse, Impl, local_attention
 from minicogview.transformer import Attention, Block, Record, Transformer, attention_bias
@@ -55,12 +56,20 @@ def text_slots(texts: Sequence[Sequence[int]], n_slots: int) -> tuple[Tensor, Te
     return tokens, positions, real
 
 
-def start_positions(table: Tensor, layout: LayoutConfig, factor: int) -> Tensor:
-    """Start values (F, D) of the fine positions, from the base table (P, D): the coarse grid, laid out as tiles.
+def enlarge(coarse: Tensor, grid: int, factor: int) -> Tensor:
+    """Every coarse cell as a block of fine ones: (B, n, ...) -> (B, F, ...)."""
+    return repeat(coarse, "b (h w) ... -> b (h a w c) ...", h=grid, a=factor, c=factor)
 
-    The grid is repeated, not enlarged, and begins at the row of <start_of_image>, one before the picture's first:
-    two accidents of the original that its released weights were trained from.
+
+def start_positions(table: Tensor, layout: LayoutConfig, factor: int, start: FineStart = "tiled") -> Tensor:
+    """Start values (F, D) of the fine positions, from the base table (P, D).
+
+    "tiled": the coarse grid is repeated, not enlarged, and begins at the row of <start_of_image>, one before the
+    picture's first: two accidents of the original that its released weights were trained from. "coarse": every fine
+    cell begins at the position of the coarse cell that covers it.
     """
+    if start == "coarse":
+        return enlarge(table[None, layout.max_text + 1 :][:, : layout.n_image], layout.grid, factor)[0]
     tile = table[layout.max_text : layout.max_text + layout.n_image]  # (n, D)
     return repeat(tile, "(h w) d -> (a h b w) d", h=layout.grid, a=factor, b=factor)
 
@@ -171,9 +180,10 @@ class DirectSR(nn.Module):
 
     @torch.no_grad()
     def start_from_base(self) -> None:
-        """Begin as the base: copy its attention weights, tile its positions."""
-        table, layout = self.base.position_embedding.weight, self.config.coglm.layout
-        self.fine_position.weight.copy_(start_positions(table, layout, self.config.factor))
+        """Begin as the base: copy its attention weights and positions."""
+        table, config = self.base.position_embedding.weight, self.config
+        start = start_positions(table, config.coglm.layout, config.factor, config.fine_start)
+        self.fine_position.weight.copy_(start)
         for own, attention in zip(self.fine_attention, attentions(self.base), strict=True):
             own.load_state_dict(attention.state_dict())
 
@@ -196,8 +206,10 @@ class DirectSR(nn.Module):
         places = torch.arange(layout.n_image, device=device).expand(len(coarse), -1) + layout.max_text + 1
         low = base.token_embedding(torch.cat([tokens, coarse.to(device)], 1))
         low = low + base.position_embedding(torch.cat([positions, places], 1))  # (B, L, D)
-        start = base.token_embedding.weight[config.coglm.ids.boi]
-        fine = (start + self.fine_position.weight).expand(len(coarse), -1, -1)  # (B, F, D)
+        cells = torch.full((len(coarse), len(self.fine_position.weight)), config.coglm.ids.boi, device=device)
+        if config.fine_start == "coarse":
+            cells = enlarge(coarse.to(device), layout.grid, config.factor)
+        fine = base.token_embedding(cells) + self.fine_position.weight  # (B, F, D)
         bias = attention_bias(low_mask(real, layout.n_image))
         n_heads, of_low, of_fine = config.coglm.transformer.n_heads, attentions(base), list(self.fine_attention)
 

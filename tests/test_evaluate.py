@@ -37,9 +37,9 @@ def test_identical_drawings_both_count(judge: Judge) -> None:
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_the_shipped_weights_draw_what_is_asked(judge: Judge, lang: str) -> None:
     """Far below the model card's numbers, far above chance (1 in 3,139)."""
-    assert judge.retrieval("names", lang, limit=48)["top1"] > 0.7
+    assert judge.retrieval("names", lang, limit=48)["top1"] > 0.8
     heldout = judge.retrieval("heldout", lang, limit=48)
-    assert heldout["same_tone"] > 0.7 and heldout["top1"] > 0.2
+    assert heldout["same_tone"] > 0.8 and heldout["top1"] > 0.6
 
 
 def test_the_same_seed_draws_the_same(judge: Judge) -> None:
@@ -54,8 +54,7 @@ def test_post_selection_is_between_chance_and_the_best_of_all(judge: Judge) -> N
 
 
 def test_captions_and_holes(judge: Judge) -> None:
-    # Chance is 1 in 30. The shipped captioner misses its target (model card): raise this when it meets it.
-    assert judge.captioning("en", n_pictures=30, n_names=30)["top1"] > 0.3
+    assert judge.captioning("en", n_pictures=30, n_names=30)["top1"] > 0.8  # chance is 1 in 30
     filled = judge.infilling("en", n_pictures=8)
     assert filled["psnr_tokenizer"] + 1 > filled["psnr"] > 15  # other codes may happen to decode better
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -58,6 +60,21 @@ def test_fine_positions_start_as_tiles_of_the_base_table() -> None:
     start = start_positions(table, LayoutConfig(max_text=8, grid=4), 3).reshape(12, 12)
     assert start[0, :4].tolist() == [8, 9, 10, 11]  # 8 is <start_of_image>'s row: one off
     assert torch.equal(start[:4, :4], start[4:8, 8:])
+    above = start_positions(table, LayoutConfig(max_text=8, grid=4), 3, "coarse").reshape(12, 12)
+    assert above[0, :4].tolist() == [9, 9, 9, 10] and above[11, 11] == 24
+
+
+@torch.no_grad()
+def test_a_fine_token_can_start_as_the_coarse_one_above_it() -> None:
+    torch.manual_seed(0)
+    alone = dataclasses.replace(tiny_config(), fine_start="coarse", coarse_window=(1, 1), window=(1, 1))
+    model = DirectSR(alone).eval()
+    codes = coarse_codes()
+    other = codes.clone()
+    other[:, 5] = (other[:, 5] + 1) % CODES  # row 1, column 1 of 4
+    moved = (model([[], []], codes)[1] - model([[], []], other)[1]).abs().amax((0, 2)).reshape(12, 12)
+    block = moved[3:6, 3:6]
+    assert block.min() > 10 * (moved.sum() - block.sum()) / 135  # the others feel it by way of the low level alone
 
 
 def test_starts_from_the_base_and_shares_it() -> None:
