@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minicogview.checkpoint import load_coglm, load_direct, load_vqvae, save_direct, save_model
 from minicogview.coglm import CogLM
@@ -30,6 +31,13 @@ from minicogview.training.super_resolution import DirectObjective, Pairs, SuperR
 from minicogview.vqvae import VQVAE
 
 TOY_WEIGHTS = Path(__file__).parents[1] / "weights" / "toy"
+
+
+def load_tokenizer(preset: Preset, weights: Path) -> tuple[VQVAE, Tokenizer, Tensor]:
+    """Both halves of the tokenizer in a folder, and the codebook (K, C)."""
+    vqvae = load_vqvae(weights / "vqvae.safetensors")
+    tokenizer = Tokenizer(weights / "text.model", preset.vqvae.codebook_size, vqvae, preset.level)
+    return vqvae, tokenizer, vqvae.quantizer.codebook.detach().float()
 
 
 def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
@@ -83,9 +91,7 @@ def train_coglm(
     """
     recipe = recipe or CogLMRecipe()
     torch.manual_seed(recipe.seed)
-    vqvae = load_vqvae(weights / "vqvae.safetensors")
-    tokenizer = Tokenizer(weights / "text.model", preset.vqvae.codebook_size, vqvae, preset.level)
-    codebook = vqvae.quantizer.codebook.detach().float()
+    vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
     model = CogLM(preset.coglm)
     embed_codebook(model, codebook, torch.Generator().manual_seed(recipe.seed))
     judge = Judge(CogView2(model, tokenizer, preset.sampling), progress=False)
@@ -111,6 +117,16 @@ def train_coglm(
     return summary
 
 
+def judge_sharpness(sharpness: Sharpness, direct: DirectSR, iterative: IterativeSR | None) -> dict[str, float]:
+    """PSNR and SSIM on 60 training pictures and 60 of characters that super-resolution never saw."""
+    numbers = {}
+    with torch.autocast("cpu", enabled=False):
+        for split in ("train", "tokenizer_heldout"):
+            for key, value in sharpness.judge(direct, iterative, split, "en", limit=60).items():
+                numbers[f"{split}/{key}"] = value
+    return numbers
+
+
 def train_direct(
     preset: Preset,
     weights: Path,
@@ -124,30 +140,26 @@ def train_direct(
 
     Args:
         weights: folder with ``coglm.safetensors``, ``vqvae.safetensors`` and ``text.model``.
-        judge_every: steps between measuring PSNR on 60 pictures. The rest as for ``train_coglm``.
+        judge_every: steps between calls of ``judge_sharpness``. The rest as for ``train_coglm``.
     """
     recipe = recipe or SuperResolutionRecipe()
     torch.manual_seed(recipe.seed)
-    vqvae = load_vqvae(weights / "vqvae.safetensors")
-    tokenizer = Tokenizer(weights / "text.model", preset.vqvae.codebook_size, vqvae, preset.level)
+    vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
     model = DirectSR(preset.direct, load_coglm(weights / "coglm.safetensors").transformer)
     sharpness = Sharpness(vqvae, tokenizer, preset)
-
-    def validate(model: DirectSR) -> dict[str, float]:
-        with torch.autocast("cpu", enabled=False):
-            splits = ("train", "tokenizer_heldout")
-            results = {split: sharpness.judge(model, None, split, "en", limit=60) for split in splits}
-        return {f"{split}/{key}": value for split, result in results.items() for key, value in result.items()}
-
-    codebook = vqvae.quantizer.codebook.detach().float()
-    pairs = emoji_pairs(preset, vqvae, tokenizer)
-    objective = DirectObjective(model, pairs, codebook, recipe, validate=validate)
+    objective = DirectObjective(
+        model,
+        emoji_pairs(preset, vqvae, tokenizer),
+        codebook,
+        recipe,
+        validate=lambda model: judge_sharpness(sharpness, model, None),
+    )
     summary = fit(objective, out / "direct", validate_every=judge_every, **settings)
     save_direct(out / "direct.safetensors", model)
     return summary
 
 
-def make_drafts(model: DirectSR, pairs: Pairs, preset: Preset, codebook: torch.Tensor, batch: int = 16) -> torch.Tensor:
+def make_drafts(model: DirectSR, pairs: Pairs, preset: Preset, codebook: Tensor, batch: int = 16) -> Tensor:
     """What the direct stage makes of every training picture: (N, F) codes, for the iterative one to learn from."""
     clusters = Clusters.of(cluster_codebook(codebook, preset.direct_sampling.n_clusters))
     drafts = []
@@ -176,22 +188,18 @@ def train_iterative(
     """
     recipe = recipe or SuperResolutionRecipe()
     torch.manual_seed(recipe.seed)
-    vqvae = load_vqvae(weights / "vqvae.safetensors")
-    tokenizer = Tokenizer(weights / "text.model", preset.vqvae.codebook_size, vqvae, preset.level)
-    direct = load_direct(weights / "direct.safetensors", load_coglm(weights / "coglm.safetensors").transformer)
-    model = IterativeSR(preset.iterative, load_coglm(weights / "coglm.safetensors").transformer)
-    sharpness = Sharpness(vqvae, tokenizer, preset)
-
-    def validate(model: IterativeSR) -> dict[str, float]:
-        with torch.autocast("cpu", enabled=False):
-            splits = ("train", "tokenizer_heldout")
-            results = {split: sharpness.judge(direct, model, split, "en", limit=60) for split in splits}
-        return {f"{split}/{key}": value for split, result in results.items() for key, value in result.items()}
-
-    codebook = vqvae.quantizer.codebook.detach().float()
-    pairs = emoji_pairs(preset, vqvae, tokenizer)
-    drafts = make_drafts(direct, pairs, preset, codebook)
-    objective = IterativeObjective(model, pairs, codebook, recipe, drafts, validate=validate)
+    vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
+    base, shared = (load_coglm(weights / "coglm.safetensors").transformer for _ in range(2))
+    direct, model = load_direct(weights / "direct.safetensors", shared), IterativeSR(preset.iterative, base)
+    sharpness, pairs = Sharpness(vqvae, tokenizer, preset), emoji_pairs(preset, vqvae, tokenizer)
+    objective = IterativeObjective(
+        model,
+        pairs,
+        codebook,
+        recipe,
+        make_drafts(direct, pairs, preset, codebook),
+        validate=lambda model: judge_sharpness(sharpness, direct, model),
+    )
     summary = fit(objective, out / "iterative", validate_every=judge_every, **settings)
     save_model(out / "iterative.safetensors", model, preset.iterative, "iterative")
     return summary
