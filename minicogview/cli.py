@@ -112,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MiniCogViewError as error:
         complain(str(error))
         return 2
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 141  # as a program that the signal of a closed pipe ends
     except KeyboardInterrupt:
         complain("stopped; the same training command goes on from its last checkpoint")
         return 130

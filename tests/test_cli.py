@@ -322,6 +322,15 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "5,902,285,824" in out and "GFLOP" in out
 
 
+def test_a_closed_pipe_is_no_error() -> None:
+    program = "import sys; from minicogview.cli import main; sys.exit(main(['info', 'toy', '--json']))"
+    command = [sys.executable, "-u", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
 # --- the shipped weights
 
 
