@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from minicogview.cli_generate import free_stem
+from minicogview.cli_generate import free_stem, write
 from minicogview.cli_shared import (
     SHIPPED,
     Folder,
@@ -59,21 +59,16 @@ def edit(
     check_folder(out)
     model = source.load()
     from minicogview.editing import box_mask
-    from minicogview.pictures import save
     from minicogview.tokenizer import open_picture, upright
 
     image = upright(open_picture(picture))
     chosen = box_mask((image.height, image.width), box) if box is not None else open_picture(mask or "")
     sampling = {} if temperature is None else {"temperature": temperature}
     pictures = model.edit(text, image, chosen, n, seed, **sampling)
-    stem = free_stem(text, set())
-    files = [out / f"{stem}_edit_{number}.png" for number in pictures.seeds]
-    for drawn, path in zip(pictures, files, strict=True):
-        save(drawn, path)
-    scores = [round(score, 4) for score in pictures.scores.tolist()]
+    report = write(pictures, out, f"{free_stem(text, set())}_edit", scale=1)
     if json:
-        print_json({"text": text, "files": [str(path) for path in files], "scores": scores, "seeds": pictures.seeds})
+        print_json({"text": text, **report})
     else:
-        for path, score in zip(files, scores, strict=True):
+        for path, score in zip(report["files"], report["scores"], strict=True):
             print(f"{path}    score {score:.2f}")
     return 0

@@ -42,6 +42,15 @@ def encode_all(vqvae: VQVAE, pictures: Tensor, level: int, batch_size: int = 64)
     return rearrange(torch.cat(codes), "n h w -> n (h w)")
 
 
+def encode_pairs(vqvae: VQVAE, preset: Preset, rows: Tensor, progress: bool = True) -> tuple[Tensor, Tensor]:
+    """Coarse codes (N, n) and fine codes (N, F) of the emoji in these rows (N,)."""
+    coarse, fine = (
+        encode_all(vqvae, emoji_pictures(size, progress)[rows], preset.level, batch_size=16)
+        for size in (preset.coarse_pixels, preset.fine_pixels)
+    )
+    return coarse, fine
+
+
 @torch.no_grad()
 def decode_all(vqvae: VQVAE, codes: Tensor, level: int, batch_size: int = 64) -> Tensor:
     """Pictures of many code grids: (N, n) -> (N, 3, H, W), clamped to 0..1."""
@@ -234,10 +243,7 @@ class Sharpness:
         unseen = "tokenizer_heldout"
         asked = _some(split, limit, random.Random(0), without="" if split == unseen else unseen)
         rows = torch.from_numpy(indices(asked))
-        coarse, fine = (
-            encode_all(self.vqvae, emoji_pictures(size, progress=False)[rows], preset.level, batch_size=16)
-            for size in (preset.coarse_pixels, preset.fine_pixels)
-        )
+        coarse, fine = encode_pairs(self.vqvae, preset, rows, progress=False)
         true = decode_all(self.vqvae, fine, preset.level, batch_size=16)
         blurred = decode_all(self.vqvae, coarse, preset.level)
         results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}

@@ -175,9 +175,7 @@ def reference(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> 
 TILE: Size = (6, 6)  # queries; the best of nine that were measured on a CPU, in float32 and in bfloat16
 ONE_TILE_UP_TO = 256  # query tokens: on smaller grids halos overlap so much that one tile with all keys is faster
 CHUNK_BYTES = 2**22  # keys and values gathered at a time without gradients: what stays in a CPU's cache
-TRAINING_BYTES = (
-    2**24
-)  # keys gathered at a time with gradients: the system takes large blocks back, and fresh ones cost
+TRAINING_BYTES = 2**24  # the same with gradients: the system takes large blocks back, and fresh ones cost
 GPU_FACTOR = 64  # a GPU wants fewer and larger pieces
 
 

@@ -115,10 +115,10 @@ def spread_schedule(
             f"no schedule of {n_rounds} rounds, tile {side}, top_k {top_k}, shares {first} to {last}: "
             "use at least 1 of each, and 0 < last <= first <= 1"
         )
-    tile = [[0] * side for _ in range(side)]
+    tile, order = [[0] * side for _ in range(side)], spread_order(side)
     for round in range(1, n_rounds + 1):
         share = first + (last - first) * (round - 1) / max(n_rounds - 1, 1)
-        for row, column in spread_order(side)[: max(1, int(share * side * side + 0.5))]:
+        for row, column in order[: max(1, int(share * side * side + 0.5))]:
             tile[row][column] = round
     return Schedule(tuple(map(tuple, tile)), (top_k,) * n_rounds)
 

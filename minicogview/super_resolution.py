@@ -206,9 +206,10 @@ class DirectSR(nn.Module):
         places = torch.arange(layout.n_image, device=device).expand(len(coarse), -1) + layout.max_text + 1
         low = base.token_embedding(torch.cat([tokens, coarse.to(device)], 1))
         low = low + base.position_embedding(torch.cat([positions, places], 1))  # (B, L, D)
-        cells = torch.full((len(coarse), len(self.fine_position.weight)), config.coglm.ids.boi, device=device)
         if config.fine_start == "coarse":
-            cells = enlarge(coarse.to(device), layout.grid, config.factor)
+            cells = enlarge(coarse.to(device), layout.grid, config.factor)  # (B, F)
+        else:
+            cells = torch.full((len(coarse), len(self.fine_position.weight)), config.coglm.ids.boi, device=device)
         fine = base.token_embedding(cells) + self.fine_position.weight  # (B, F, D)
         bias = attention_bias(low_mask(real, layout.n_image))
         n_heads, of_low, of_fine = config.coglm.transformer.n_heads, attentions(base), list(self.fine_attention)

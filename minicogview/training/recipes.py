@@ -18,7 +18,7 @@ from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluate import Judge, Sharpness, emoji_pictures, encode_all
+from minicogview.evaluate import Judge, Sharpness, emoji_pictures, encode_all, encode_pairs
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.sampling import Clusters, Sampler, cluster_codebook
@@ -58,11 +58,7 @@ def emoji_pairs(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> Pairs:
     """The training split at both resolutions, without the characters that super-resolution is judged on."""
     judged = {emoji.key for emoji in load_emoji("tokenizer_heldout")}
     emoji = [one for one in load_emoji("train") if one.key not in judged]
-    rows = torch.from_numpy(indices(emoji))
-    coarse, fine = (
-        encode_all(vqvae, emoji_pictures(size)[rows], preset.level, batch_size=16)
-        for size in (preset.coarse_pixels, preset.fine_pixels)
-    )
+    coarse, fine = encode_pairs(vqvae, preset, torch.from_numpy(indices(emoji)))
 
     def describe(i: int, language: str, rng: random.Random) -> str:
         return captions.vary(emoji[i], language, rng)
