@@ -12,6 +12,7 @@ from minicogview.cli_shared import (
     SHIPPED,
     Folder,
     OptionalFloat,
+    OptionalInt,
     Weights,
     check_folder,
     print_json,
@@ -37,6 +38,7 @@ def edit(
     seed: int = 0,
     out: Folder = Path("pictures"),
     temperature: OptionalFloat = None,
+    stages: OptionalInt = None,
     json: bool = False,
 ) -> int:
     """Draw a part of a picture anew, as a text says. Pixels outside of that part stay as they are.
@@ -50,6 +52,7 @@ def edit(
         seed: picture i follows from seed + i alone.
         out: folder for the files, made if missing.
         temperature: above 1 wilder, below 1 safer, 0 without chance; the preset's if not given.
+        stages: 1 stops at the coarse picture, 2 after direct super-resolution, 3 after LoPAR; all if not given.
         json: print files, scores and seeds as JSON.
     """
     if (mask is None) == (box is None):
@@ -64,7 +67,7 @@ def edit(
     image = upright(open_picture(picture))
     chosen = box_mask((image.height, image.width), box) if box is not None else open_picture(mask or "")
     sampling = {} if temperature is None else {"temperature": temperature}
-    pictures = model.edit(text, image, chosen, n, seed, **sampling)
+    pictures = model.edit(text, image, chosen, n, seed, stages, **sampling)
     report = write(pictures, out, f"{free_stem(text, set())}_edit", scale=1)
     if json:
         print_json({"text": text, **report})

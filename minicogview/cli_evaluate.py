@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from minicogview.cli_shared import SHIPPED, Language, OptionalFloat, OptionalInt, Source, Weights, show
-from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
@@ -118,17 +117,12 @@ def sharpness(
         seed: picture i is drawn with seed + i.
         json: print n, psnr (dB) and ssim of bicubic, direct and lopar as JSON.
     """
-    folder, preset = source.folder(), get_preset(source.preset or "toy")
-    from minicogview.checkpoint import load_coglm, load_direct, load_iterative, load_vqvae
-    from minicogview.evaluate import Sharpness
-    from minicogview.tokenizer import Tokenizer
+    model = source.load()
+    if model.sharpener is None:
+        raise MiniCogViewError("these weights draw coarse pictures only: there is no direct.safetensors beside them")
+    from minicogview.evaluate import sharpness as judge_sharpness
 
-    vqvae = load_vqvae(folder / "vqvae.safetensors")
-    words = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, preset.level)
-    direct = load_direct(folder / "direct.safetensors", load_coglm(folder / "coglm.safetensors").transformer)
-    path = folder / "iterative.safetensors"
-    iterative = load_iterative(path) if path.exists() else None
-    return show(Sharpness(vqvae, words, preset).judge(direct, iterative, split, lang, limit, seed), json)
+    return show(judge_sharpness(model.sharpener, model.tokenizer, split, lang, limit, seed), json)
 
 
 def tokenizer(

@@ -48,6 +48,7 @@ def generate(
     temperature: OptionalFloat = None,
     top_k: OptionalInt = None,
     guidance: OptionalFloat = None,
+    stages: OptionalInt = None,
     json: bool = False,
 ) -> int:
     """Draw pictures of texts: one PNG file for each, and all of them on one contact sheet.
@@ -62,6 +63,7 @@ def generate(
         temperature: above 1 wilder, below 1 safer, 0 without chance; the preset's if not given.
         top_k: how many clusters of tokens stay in play; the preset's if not given.
         guidance: classifier-free guidance, 1 is none; the preset's if not given.
+        stages: 1 stops at the coarse picture, 2 after direct super-resolution, 3 after LoPAR; all if not given.
         json: print a list of texts with files, scores and seeds, or the error.
     """
     if not texts:
@@ -79,25 +81,26 @@ def generate(
     sampling = {name: value for name, value in options.items() if value is not None}
     model = source.load()
     model.settings(sampling)  # wrong ones are reported once, not for every text
+    if stages is not None and not 1 <= stages <= model.n_stages:
+        raise MiniCogViewError(f"--stages is {stages}: these weights have 1 to {model.n_stages}")
     from minicogview.pictures import contact_sheet, save, scale_to
-
-    scale = scale or scale_to(model.size, LARGE)
 
     reports: list[Report] = []
     rows, stems = [], set[str]()
     for text in texts:
         try:
-            pictures = draw(model, text, n, keep, seed, sampling, progress=not json)
+            pictures = draw(model, text, n, keep, seed, stages, sampling, progress=not json)
         except MiniCogViewError as error:
             complain(f"{shorten(text)!r}: {error}" if len(texts) > 1 else str(error))
             reports.append({"text": text, "error": one_line(error)})
             continue
+        scale = scale or scale_to(pictures[0].width, LARGE)
         stem = free_stem(text, stems)
         reports.append({"text": text, **write(pictures, out, stem, scale)})
         rows.append(pictures.images)
     if rows:
         sheet = out / "contact_sheet.png"
-        save(contact_sheet(rows, scale), sheet)
+        save(contact_sheet(rows, scale or 1), sheet)
         reports = [{**report, "sheet": str(sheet)} if "files" in report else report for report in reports]
     if json:
         print_json(reports)
@@ -107,18 +110,32 @@ def generate(
 
 
 def draw(
-    model: CogView2, text: str, n: int, keep: int | None, seed: int, sampling: dict[str, float], progress: bool
+    model: CogView2,
+    text: str,
+    n: int,
+    keep: int | None,
+    seed: int,
+    stages: int | None,
+    sampling: dict[str, float],
+    progress: bool,
 ) -> Pictures:
-    """Draw one text with a progress bar, where there is a terminal to show it."""
+    """Draw one text with a progress bar that names the stage at work, where there is a terminal to show it."""
     from tqdm import tqdm
 
     hidden = None if progress else True  # None: hidden unless stderr is a terminal
-    with tqdm(desc=shorten(text), unit=" tokens", leave=False, disable=hidden) as bar:
+    with tqdm(leave=False, disable=hidden) as bar:
 
-        def on_step(done: int) -> None:
+        at_work = ""
+
+        def on_step(stage: str, done: int, total: int) -> None:
+            nonlocal at_work
+            if stage != at_work:
+                at_work = stage
+                bar.reset(total)
+                bar.set_description(f"{shorten(text)}: {stage}")
             bar.update(done - bar.n)
 
-        return model.generate(text, n, seed, on_step, keep, **sampling)
+        return model.generate(text, n, seed, on_step, keep, stages, **sampling)
 
 
 def write(pictures: Pictures, out: Path, stem: str, scale: int) -> Report:

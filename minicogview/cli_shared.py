@@ -52,7 +52,7 @@ class Source:
         """Where the weights are."""
         if self.preset is not None:
             get_preset(self.preset)  # a wrong name is reported before torch is loaded
-        from minicogview.pipeline import find_folder
+        from minicogview.loading import find_folder
 
         return find_folder(self.weights or self.preset or "toy")
 

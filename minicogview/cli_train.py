@@ -157,7 +157,7 @@ def _train_stage(
     """Train one super-resolution stage and say where its weights are."""
     sizes = get_preset(preset)
     check_folder(out)
-    from minicogview.pipeline import find_folder
+    from minicogview.loading import find_folder
     from minicogview.training.super_resolution import SuperResolutionRecipe
 
     recipe = SuperResolutionRecipe(batch_size=batch_size, seed=seed)
@@ -205,7 +205,7 @@ def train_coglm(
     """
     sizes = get_preset(preset)
     check_folder(out)
-    from minicogview.pipeline import find_folder
+    from minicogview.loading import find_folder
     from minicogview.training.coglm import CogLMRecipe
     from minicogview.training.recipes import train_coglm as run
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_type_hints
 from minicogview.errors import MiniCogViewError
 
 NormOrder = Literal["sandwich", "pre", "post"]
-FineStart = Literal["tiled", "coarse"]
+FineStart = Literal["tiled", "coarse", "enlarged"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class SuperResolutionConfig:
     window: tuple[int, int] = (9, 5)  # rows and columns of fine tokens that a fine token looks at
     coarse_window: tuple[int, int] = (5, 5)  # the same on the coarse grid; direct super-resolution only
     # What a fine token starts from. "tiled", as released: <start_of_image>, and start values of positions that repeat
-    # the coarse grid's. "coarse": the coarse token that covers it, and that token's position. Not in the original.
+    # the coarse grid's. Not in the original: "coarse", the coarse token that covers it, and that token's position;
+    # "enlarged", that position, and the token that stands there when the coarse picture is enlarged bicubically.
     fine_start: FineStart = "tiled"
 
     @property
@@ -219,8 +220,9 @@ PRESETS: dict[str, Preset] = {
         level=0,
         fine={
             "direct_text": 48,
-            "fine_start": "coarse",
-            "direct_sampling": SamplingConfig(temperature=0.3, top_k=16, n_clusters=64),
+            "fine_start": "enlarged",
+            "direct_sampling": SamplingConfig(temperature=0.1, top_k=16, n_clusters=64),
+            "iterative_temperature": 0.1,
         },
         n_layers=5,
         d_model=256,

@@ -17,15 +17,13 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minicogview.config import Preset, SamplingConfig
+from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import Emoji, indices, load_emoji, render
 from minicogview.errors import MiniCogViewError
-from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
 from minicogview.metrics import psnr, ssim
 from minicogview.pipeline import CogView2
-from minicogview.sampling import Clusters, Sampler, cluster_codebook
-from minicogview.super_resolution import DirectSR
+from minicogview.sharpening import Sharpener
 from minicogview.tokenizer import Tokenizer
 from minicogview.vqvae import VQVAE
 
@@ -208,72 +206,41 @@ class Judge:
         }
 
 
-@dataclass
-class Sharpness:
-    """How close super-resolution comes to the true fine tokens, beside enlarging the coarse picture bicubically."""
+@torch.no_grad()
+def sharpness(
+    sharpener: Sharpener, tokenizer: Tokenizer, split: str, lang: str, limit: int = 60, seed: int = 0
+) -> dict[str, float]:
+    """How close super-resolution comes to the true fine tokens, beside enlarging the coarse picture bicubically.
 
-    vqvae: VQVAE
-    tokenizer: Tokenizer
-    preset: Preset
+    Starts from the true coarse tokens of some pictures and compares with the decoded true fine tokens. Characters that
+    super-resolution never saw are judged under the split "tokenizer_heldout" alone.
 
-    def __post_init__(self) -> None:
-        labels = cluster_codebook(self.vqvae.quantizer.codebook, self.preset.direct_sampling.n_clusters)
-        self.clusters = Clusters.of(labels)
-
-    @torch.no_grad()
-    def judge(
-        self,
-        direct: DirectSR,
-        iterative: IterativeSR | None,
-        split: str,
-        lang: str,
-        limit: int = 60,
-        seed: int = 0,
-        schedule: Schedule = OFFICIAL,
-    ) -> dict[str, float]:
-        """Start from the true coarse tokens of some pictures and compare with the decoded true fine tokens.
-
-        Characters that super-resolution never saw are judged under the split "tokenizer_heldout" alone.
-
-        Returns:
-            ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, for ``bicubic``, ``direct`` and,
-            where there is an iterative model, ``lopar``.
-        """
-        preset = self.preset
-        unseen = "tokenizer_heldout"
-        asked = _some(split, limit, random.Random(0), without="" if split == unseen else unseen)
-        rows = torch.from_numpy(indices(asked))
-        coarse, fine = encode_pairs(self.vqvae, preset, rows, progress=False)
-        true = decode_all(self.vqvae, fine, preset.level, batch_size=16)
-        blurred = decode_all(self.vqvae, coarse, preset.level)
-        results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}
-        names = [self.tokenizer.encode(captions.name(emoji, lang)) for emoji in asked]
-        drafts, refined = [], []
-        for part in torch.arange(len(asked)).split(16):
-            texts, seeds = [names[i] for i in part], [seed + int(i) for i in part]
-            sampler = Sampler(seeds, preset.direct_sampling, self.clusters, fine.shape[1])
-            drafts.append(direct.upsample(texts, coarse[part], sampler))
-            if iterative is not None:
-                samplers = round_samplers(seeds, preset, schedule)
-                refined.append(iterative.refine(texts, drafts[-1], samplers, schedule)[-1])
-        results["direct"] = decode_all(self.vqvae, torch.cat(drafts), preset.level, batch_size=16)
-        if refined:
-            results["lopar"] = decode_all(self.vqvae, torch.cat(refined), preset.level, batch_size=16)
-        numbers: dict[str, float] = {"n": len(asked)}
-        for name, pictures in results.items():
-            numbers[f"psnr_{name}"] = float(psnr(pictures, true).mean())
-            numbers[f"ssim_{name}"] = float(ssim(pictures, true).mean())
-        return numbers
-
-
-def round_samplers(seeds: list[int], preset: Preset, schedule: Schedule) -> list[Sampler]:
-    """What draws the tokens of each LoPAR round of pictures with these seeds: plain top-k, as the schedule says."""
-    n_cells = (preset.layout.grid * preset.fine_factor) ** 2
-    samplers = []
-    for number, top_k in enumerate(schedule.top_k, 1):
-        settings = SamplingConfig(temperature=preset.iterative_temperature, top_k=top_k)
-        samplers.append(Sampler([seed + (number << 40) for seed in seeds], settings, None, n_cells))
-    return samplers
+    Returns:
+        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, for ``bicubic``, ``direct`` and,
+        where there is an iterative model, ``lopar``.
+    """
+    vqvae, preset = sharpener.vqvae, sharpener.preset
+    unseen = "tokenizer_heldout"
+    asked = _some(split, limit, random.Random(0), without="" if split == unseen else unseen)
+    coarse, fine = encode_pairs(vqvae, preset, torch.from_numpy(indices(asked)), progress=False)
+    true = decode_all(vqvae, fine, preset.level, batch_size=16)
+    blurred = decode_all(vqvae, coarse, preset.level)
+    results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}
+    names = [tokenizer.encode(captions.name(emoji, lang)) for emoji in asked]
+    drafts, refined = [], []
+    for part in torch.arange(len(asked)).split(16):
+        texts, seeds = [names[i] for i in part], [seed + int(i) for i in part]
+        drafts.append(sharpener.draft(texts, coarse[part], seeds))
+        if sharpener.iterative is not None:
+            refined.append(sharpener.refine(texts, drafts[-1], seeds)[-1])
+    results["direct"] = decode_all(vqvae, torch.cat(drafts), preset.level, batch_size=16)
+    if refined:
+        results["lopar"] = decode_all(vqvae, torch.cat(refined), preset.level, batch_size=16)
+    numbers: dict[str, float] = {"n": len(asked)}
+    for name, pictures in results.items():
+        numbers[f"psnr_{name}"] = float(psnr(pictures, true).mean())
+        numbers[f"ssim_{name}"] = float(ssim(pictures, true).mean())
+    return numbers
 
 
 def _some(split: str, n: int, rng: random.Random, without: str = "") -> list[Emoji]:

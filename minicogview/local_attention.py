@@ -245,6 +245,10 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, sc
     if bias is not None:
         mask = bias[:, None, None].to(q.dtype).masked_fill(~mask, float("-inf"))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():  # there, fusing the way back is slow
+        scores = (q * scale) @ k.transpose(-2, -1)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 

@@ -11,7 +11,8 @@ again, whatever the direct stage made of them.
 
 Shapes: ``B`` rows, ``G`` text slots, ``F`` fine tokens, ``D`` width, ``N`` heads, ``H`` head size, ``P`` tile side.
 
-Different on purpose: schedules of other lengths and tiles can be made by a rule (``spread_schedule``).
+Different on purpose: schedules of other lengths and tiles can be made by a rule (``spread_schedule``). Models with
+``fine_start="enlarged"`` are told what stood in a masked cell before; the original's see an empty cell.
 """
 
 from __future__ import annotations
@@ -167,13 +168,18 @@ class IterativeSR(nn.Module):
             self.fine_position.weight.copy_(start)
 
     def forward(
-        self, texts: Sequence[Sequence[int]], fine: Tensor, record: Record | None = None
+        self,
+        texts: Sequence[Sequence[int]],
+        fine: Tensor,
+        before: Tensor | None = None,
+        record: Record | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states after the final norm: text (B, G, D) and fine tokens (B, F, D).
 
         Args:
             texts: token ids of each text; only the first ``config.n_text`` are read.
             fine: (B, F) codes, <start_of_image> where a cell is masked.
+            before: (B, F) codes that stood there before masking, for models with ``fine_start="enlarged"``.
             record: filled with the hidden states of both, (B, G + F, D) after each layer.
         """
         config, base = self.config, self.base
@@ -181,6 +187,11 @@ class IterativeSR(nn.Module):
         tokens, positions, real = (t.to(device) for t in text_slots(texts, config.n_text))
         text = base.token_embedding(tokens) + base.position_embedding(positions)  # (B, G, D)
         cells = base.token_embedding(fine.to(device)) + self.fine_position.weight  # (B, F, D)
+        if config.fine_start == "enlarged":
+            if before is None:
+                raise MiniCogViewError("this model is told what stood in masked cells: give before, codes (B, F)")
+            masked = (fine == config.coglm.ids.boi).to(device)
+            cells = cells + base.token_embedding(before.to(device)) * masked[:, :, None]
         n_heads, layers = config.coglm.transformer.n_heads, attentions(base)
 
         def attend(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +237,7 @@ class IterativeSR(nn.Module):
             cells = torch.nonzero((masked if region is None else masked & region.cpu().bool()).flatten())[:, 0]
             cells = cells.to(fine.device)
             if len(cells):
-                _, hidden = self(texts, fine.index_fill(1, cells, ids.boi))
+                _, hidden = self(texts, fine.index_fill(1, cells, ids.boi), fine)
                 fine = fine.index_copy(1, cells, choose_codes(self.base, hidden, cells, n_codes, sampler))
             rounds.append(fine)
         return rounds

@@ -28,12 +28,14 @@ class Pictures:
     """Pictures of one text: a sequence of PIL images that shows itself in a notebook.
 
     Attributes:
-        images: as the model made them, not enlarged.
-        tokens: (n, grid, grid) int64 picture codes.
+        images: as the last stage made them, not enlarged.
+        tokens: (n, grid, grid) int64 picture codes of the first stage.
         scores: (n,) float32, mean log-probability of the drawn tokens in nats, before temperature and top-k.
         text: what was asked for. seeds: one for each picture.
         caption_scores: (n,) float32, how likely the text is as a caption of each picture (mean log-probability of its
             tokens in nats), best first; None where nothing was selected by it.
+        coarse, direct, refined: the pictures after each stage; None for a stage that was left out.
+        fine_tokens: (n, fine grid, fine grid) int64 picture codes of the last stage; None after the first.
     """
 
     images: list[Image.Image]
@@ -42,6 +44,10 @@ class Pictures:
     text: str
     seeds: list[int]
     caption_scores: Tensor | None = None
+    coarse: list[Image.Image] | None = None
+    direct: list[Image.Image] | None = None
+    refined: list[Image.Image] | None = None
+    fine_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,17 +62,11 @@ class Pictures:
         return f"Pictures({len(self)} of {self.text!r}, seeds {self.seeds})"
 
     def best(self, keep: int, caption_scores: Tensor) -> Pictures:
-        """The ``keep`` pictures with the highest caption scores (n,), best first."""
+        """The ``keep`` coarse pictures with the highest caption scores (n,), best first."""
         scores, order = caption_scores.sort(descending=True, stable=True)
         kept = order[:keep].tolist()
-        return Pictures(
-            [self.images[i] for i in kept],
-            self.tokens[kept],
-            self.scores[kept],
-            self.text,
-            [self.seeds[i] for i in kept],
-            scores[:keep],
-        )
+        images, seeds = ([some[i] for i in kept] for some in (self.images, self.seeds))
+        return Pictures(images, self.tokens[kept], self.scores[kept], self.text, seeds, scores[:keep], coarse=images)
 
     def sheet(self, scale: int | None = None) -> Image.Image:
         """All pictures on one, at most 8 in a row; ``scale`` as for ``enlarge``, None: well visible."""

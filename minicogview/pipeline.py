@@ -8,8 +8,8 @@ CogView2 (arXiv 2204.14217), section 3; mirrors the original's ``cogview2_text2i
 
 Shapes: ``n`` pictures, ``grid`` tokens along each side, ``K`` picture codes.
 
-Simplified: the two stages that sharpen a picture are not here yet. Different on purpose: a picture follows from
-its own seed alone, whatever is drawn beside it.
+Different on purpose: a picture follows from its own seed alone, whatever is drawn beside it. In an edited picture the
+tokens outside of the mask are the picture's own on the fine grid too, not a sharpened guess.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from torch import Tensor
 
 from minicogview.checkpoint import load_coglm, load_vqvae
 from minicogview.coglm import CogLM, Filled
-from minicogview.config import PRESETS, CogLMConfig, Preset, SamplingConfig, VQVAEConfig, get_preset
+from minicogview.config import PRESETS, Preset, SamplingConfig
 from minicogview.editing import Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
+from minicogview.loading import check_fit, find_folder, preset_of
 from minicogview.pictures import Pictures
 from minicogview.sampling import Clusters, Sampler, check, cluster_codebook, load_labels
+from minicogview.sharpening import Sharpener, load_sharpener
 from minicogview.tokenizer import Picture, Tokenizer, open_picture, to_pil, to_tensor, upright
 from minicogview.vqvae import VQVAE
 
-SHIPPED = Path(__file__).parent / "weights"
-FILES = "vqvae.safetensors, coglm.safetensors and text.model"
-BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn
+BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn ...
+FINE_BATCH = 8  # ... and sharpened side by side
+Progress = Callable[[str, int, int], None]  # (stage, done, of how many)
 
 
 @dataclass(eq=False)
@@ -50,18 +52,22 @@ class CogView2:
         tokenizer: with its picture half; its ``level`` is the rate that ``coglm`` draws at.
         sampling: defaults of every call. ``n_clusters`` 0 stands for plain top-k.
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
+        sharpener: both super-resolution stages; None: pictures stay as coarse as ``coglm`` draws them.
 
     Example:
         >>> model = CogView2.from_pretrained("toy")
         >>> pictures = model.generate("a red apple", n=2, seed=0)
         >>> pictures[0].size, tuple(pictures.tokens.shape)
-        ((32, 32), (2, 8, 8))
+        ((96, 96), (2, 8, 8))
+        >>> pictures.coarse[0].size
+        (32, 32)
     """
 
     coglm: CogLM
     tokenizer: Tokenizer
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     labels: Tensor | None = None
+    sharpener: Sharpener | None = None
 
     def __post_init__(self) -> None:
         self._clusters: dict[int, Clusters] = {}
@@ -74,7 +80,8 @@ class CogView2:
 
         Args:
             source: "toy"; or a folder with ``vqvae.safetensors``, ``coglm.safetensors``, ``text.model`` and
-                perhaps the original's ``cluster_label.npy``. Sizes are read from these files.
+                perhaps ``direct.safetensors``, ``iterative.safetensors`` and the original's ``cluster_label.npy``.
+                Sizes are read from these files.
             preset: of a folder: which preset's tokenizer rate and sampler settings to use; None: of the one
                 that has the sizes in the files.
             device: where the models go.
@@ -88,12 +95,13 @@ class CogView2:
             preset = source
         coglm = load_coglm(folder / "coglm.safetensors").to(device)
         vqvae = load_vqvae(folder / "vqvae.safetensors").to(device)
-        chosen = preset if isinstance(preset, Preset) else _preset_of(preset, coglm.config, vqvae.config, folder)
+        chosen = preset if isinstance(preset, Preset) else preset_of(preset, coglm.config, vqvae.config, folder)
         tokenizer = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, chosen.level)
-        _check_fit(coglm.config, tokenizer, folder)
+        check_fit(coglm.config, tokenizer, folder)
         label_file = folder / "cluster_label.npy"
         labels = load_labels(label_file, coglm.config.n_codes) if label_file.exists() else None
-        return cls(coglm, tokenizer, chosen.sampling, labels)
+        sharpener = load_sharpener(folder, coglm.transformer, vqvae, chosen, labels)
+        return cls(coglm, tokenizer, chosen.sampling, labels, sharpener)
 
     # --- sizes and settings
 
@@ -110,8 +118,13 @@ class CogView2:
 
     @property
     def size(self) -> int:
-        """Pixels along each side of a picture."""
+        """Pixels along each side of a coarse picture."""
         return self.grid * self.vqvae.config.rates[self.tokenizer.level]
+
+    @property
+    def n_stages(self) -> int:
+        """How many stages there are weights for: 1 draws, 2 drafts the fine picture, 3 refines it."""
+        return 1 if self.sharpener is None else self.sharpener.n_stages
 
     def clusters(self, n_clusters: int) -> Clusters | None:
         """Clusters of the picture codes, made once; None for ``n_clusters`` 0, which is plain top-k."""
@@ -182,36 +195,41 @@ class CogView2:
         text: str,
         n: int = 4,
         seed: int = 0,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Progress | None = None,
         keep: int | None = None,
+        stages: int | None = None,
         **sampling: float,
     ) -> Pictures:
-        """Draw ``n`` pictures of a text.
+        """Draw ``n`` pictures of a text and sharpen them.
 
         Args:
             text: English or Chinese.
             seed: picture ``i`` follows from ``seed + i`` alone, not from ``n``.
-            on_step: called with the number of tokens done so far, ``grid ** 2`` for each 32 pictures.
+            on_step: called with the name of the stage at work, how much of it is done, and of how much.
             keep: post-selection: of the ``n`` pictures return only these many, those whose text the same model finds
-                the likeliest caption, best first. None returns all, in the order of their seeds.
+                the likeliest caption, best first; only those are sharpened. None: all, in the order of their seeds.
+            stages: stop after so many; None: all that there are weights for.
             sampling: ``temperature``, ``top_k``, ``guidance`` and so on instead of the preset's; see
                 ``config.SamplingConfig``.
 
         Raises:
-            MiniCogViewError: if the text is empty or too long, n is below 1, keep is not between 1 and n, or a
-                setting is wrong.
+            MiniCogViewError: if the text is empty or too long, n is below 1, keep is not between 1 and n, there are
+                not so many stages, or a setting is wrong.
         """
-        settings, ids = self.settings(sampling), self.encode(text)
+        settings, ids, stages = self.settings(sampling), self.encode(text), self._stages(stages)
         if keep is not None and not 1 <= keep <= n:
             raise MiniCogViewError(f"keep is {keep}: keep 1 to n = {n} of the pictures")
 
         def draw(seeds: list[int], done: int) -> Filled:
-            report = None if on_step is None else lambda step: on_step(done + step)
+            total = -(-n // BATCH) * self.grid**2
+            report = None if on_step is None else lambda step: on_step("drawing", done + step, total)
             sampler = self.sampler(seeds, settings)
             return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
 
         pictures = self._in_batches(draw, text, n, seed)
-        return pictures if keep is None else pictures.best(keep, self._caption_scores(ids, pictures.tokens))
+        if keep is not None:
+            pictures = pictures.best(keep, self._caption_scores(ids, pictures.tokens))
+        return self.sharpen(pictures, stages, on_step)
 
     def complete(
         self, text: str, picture: Picture, region: Any, n: int = 1, seed: int = 0, **sampling: float
@@ -240,17 +258,26 @@ class CogView2:
 
         return self._in_batches(draw, text, n, seed)
 
-    def edit(self, text: str, picture: Picture, mask: Mask, n: int = 1, seed: int = 0, **sampling: float) -> Pictures:
+    def edit(
+        self,
+        text: str,
+        picture: Picture,
+        mask: Mask,
+        n: int = 1,
+        seed: int = 0,
+        stages: int | None = None,
+        **sampling: float,
+    ) -> Pictures:
         """Draw what a mask marks anew, in a picture of any size; pixels outside of the mask stay as they are.
 
         Args:
             text: what the cut-out around the mask shows when it is done.
             picture: file, PIL image, or tensor (3, H, W).
             mask: array or tensor (H, W), or a picture of that size; see ``editing.to_mask``.
-            n, seed, sampling: as for ``complete``.
+            n, seed, sampling: as for ``complete``. stages: as for ``generate``.
 
         Returns:
-            whole pictures; their ``tokens`` are those of the cut-out.
+            whole pictures, after each stage; their ``tokens`` are those of the cut-out.
 
         Raises:
             MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing.
@@ -261,10 +288,62 @@ class CogView2:
             image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
         chosen = to_mask(mask, (image.height, image.width))
         top, left, bottom, right = box = crop_box(chosen, least=self.grid)
-        codes = self.codes(image.crop((left, top, right, bottom)))
-        region = token_region(chosen[top:bottom, left:right], self.grid)
-        drawn = self.complete(text, codes, region, n, seed, **sampling)
-        return dataclasses.replace(drawn, images=[paste(image, patch, box, chosen) for patch in drawn])
+        stages, cut, hole = self._stages(stages), image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
+        drawn = self.complete(text, self.codes(cut), token_region(hole, self.grid), n, seed, **sampling)
+        if stages > 1 and self.sharpener is not None:
+            side = self.sharpener.grid
+            own = self.tokenizer.encode_picture(cut, size=self.size * side // self.grid).flatten()
+            drawn = self.sharpen(drawn, stages, keep=(own.cpu(), token_region(hole, side)))
+        pasted: dict[str, Any] = {
+            name: [paste(image, patch, box, chosen) for patch in patches]
+            for name in ("images", "coarse", "direct", "refined")
+            if (patches := getattr(drawn, name)) is not None
+        }
+        return dataclasses.replace(drawn, **pasted)
+
+    def sharpen(
+        self,
+        pictures: Pictures,
+        stages: int | None = None,
+        on_step: Progress | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
+    ) -> Pictures:
+        """Coarse pictures through the other stages.
+
+        Args:
+            stages, on_step: as for ``generate``.
+            keep: fine codes (F,) of a picture, and where (fine grid, fine grid) bool they may change; with it
+                everything else stays as it is.
+        """
+        stages, sharpener = self._stages(stages), self.sharpener
+        if stages == 1 or sharpener is None:
+            return pictures
+        ids, tokens, seeds = self.encode(pictures.text), pictures.tokens.flatten(1), pictures.seeds
+        drafts, refined = [], []
+        for i in range(0, len(tokens), FINE_BATCH):
+            some, own = tokens[i : i + FINE_BATCH], seeds[i : i + FINE_BATCH]
+            texts = [ids] * len(some)
+            fine = sharpener.draft(texts, some, own).cpu()
+            if keep is not None:
+                fine = torch.where(keep[1].flatten(), fine, keep[0])
+            drafts.append(fine)
+            if on_step:
+                on_step("sharpening", i + len(some), len(tokens))
+        for i in range(0, len(tokens) if stages == 3 else 0, FINE_BATCH):
+            fine, own = drafts[i // FINE_BATCH], seeds[i : i + FINE_BATCH]
+            rounds = sharpener.refine([ids] * len(fine), fine, own, None if keep is None else keep[1])
+            refined.append(rounds[-1].cpu())
+            if on_step:
+                on_step("refining", i + len(fine), len(tokens))
+        codes = [rearrange(torch.cat(part), "n (h w) -> n h w", h=sharpener.grid) for part in (drafts, refined) if part]
+        images = [[self.tokenizer.decode_picture(one) for one in part] for part in codes]
+        return dataclasses.replace(
+            pictures,
+            images=images[-1],
+            direct=images[0],
+            refined=images[1] if stages == 3 else None,
+            fine_tokens=codes[-1],
+        )
 
     def caption(self, picture: Picture, language: str = "en") -> str:
         """Describe a picture in words, "en" or "zh": the likeliest word after word."""
@@ -293,6 +372,12 @@ class CogView2:
         batches = tokens.flatten(1).split(BATCH)
         return torch.cat([self.coglm.score_captions(b, texts[: len(b)], start).cpu() for b in batches])
 
+    def _stages(self, stages: int | None) -> int:
+        """``stages``, or all there are; an error if there are not so many."""
+        if stages is not None and not 1 <= stages <= self.n_stages:
+            raise MiniCogViewError(f"stages is {stages}: these weights have 1 to {self.n_stages}")
+        return self.n_stages if stages is None else stages
+
     def _start(self, language: str) -> int:
         starts = {"en": self.tokenizer.boe, "zh": self.tokenizer.boc}
         if language not in starts:
@@ -311,46 +396,5 @@ class CogView2:
         tokens = rearrange(torch.cat([part.tokens for part in drawn]), "n (h w) -> n h w", h=self.grid).cpu()
         # One by one: in a batch the decoder rounds differently, and a picture must not depend on its neighbours.
         images = [self.tokenizer.decode_picture(codes) for codes in tokens]
-        return Pictures(images, tokens, torch.cat([part.scores for part in drawn]).cpu(), text, seeds)
-
-
-# --- loading
-
-
-def find_folder(source: str | Path) -> Path:
-    """The folder of a preset's shipped weights, or the user's own."""
-    if isinstance(source, str) and source in PRESETS:
-        if (SHIPPED / source).is_dir():
-            return SHIPPED / source
-        raise MiniCogViewError(f"no weights ship with the preset {source!r}: give the folder of your own, with {FILES}")
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    raise MiniCogViewError(
-        f"{str(source)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder: give one of these names, "
-        f"or a folder with {FILES}"
-    )
-
-
-def _preset_of(name: str | None, config: CogLMConfig, vqvae: VQVAEConfig, folder: Path) -> Preset:
-    """The named preset, or the one that has the sizes found in a folder."""
-    if name is not None:
-        return get_preset(name)
-    for preset in PRESETS.values():
-        if preset.coglm == config and preset.vqvae == vqvae:
-            return preset
-    raise MiniCogViewError(
-        f"the weights in {folder} have the sizes of no preset: name the preset whose tokenizer rate and sampler "
-        f"settings they should be used with ({', '.join(PRESETS)})"
-    )
-
-
-def _check_fit(config: CogLMConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuse files of different models: their ids would mean different things."""
-    needed = (config.n_codes, config.transformer.vocab_size, config.ids.boi)
-    found = (tokenizer.codebook_size, tokenizer.vocab_size, tokenizer.boi)
-    if needed != found:
-        raise MiniCogViewError(
-            f"the files in {folder} belong to different models: coglm.safetensors expects {needed[0]} picture codes "
-            f"and {needed[1]} ids in all, vqvae.safetensors and text.model have {found[0]} and {found[1]}"
-        )
+        scores = torch.cat([part.scores for part in drawn]).cpu()
+        return Pictures(images, tokens, scores, text, seeds, coarse=images)

@@ -13,8 +13,9 @@ Shapes: ``B`` rows, ``L`` low slots (text slots + ``n`` coarse tokens), ``F`` fi
 ``H`` head size, ``V`` picture codes.
 
 Different on purpose: the original feeds the fine tokens one place late and then cuts one off, which cancels; here a
-slot predicts its own token. Texts too long for the slots are cut instead of failing later. ``fine_start="coarse"``
-lets a fine token start as the coarse token above it, which a small model learns from far sooner (docs/notes.md).
+slot predicts its own token. Texts too long for the slots are cut instead of failing later. A fine token may start as
+the coarse token above it, or as the one that an ordinary enlargement puts there: a small model learns from that far
+sooner (``fine_start``; docs/notes.md).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from minicogview.config import FineStart, LayoutConfig, SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Coarse, Impl, local_attention
 from minicogview.transformer import Attention, Block, Record, Transformer, attention_bias
+from minicogview.vqvae import VQVAE
 
 CellSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (B, S, V), cells (S,)) -> (B, S) codes
 Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, low, fine -> what attention adds to each
@@ -65,13 +67,21 @@ def start_positions(table: Tensor, layout: LayoutConfig, factor: int, start: Fin
     """Start values (F, D) of the fine positions, from the base table (P, D).
 
     "tiled": the coarse grid is repeated, not enlarged, and begins at the row of <start_of_image>, one before the
-    picture's first: two accidents of the original that its released weights were trained from. "coarse": every fine
+    picture's first: two accidents of the original that its released weights were trained from. Otherwise every fine
     cell begins at the position of the coarse cell that covers it.
     """
-    if start == "coarse":
+    if start != "tiled":
         return enlarge(table[None, layout.max_text + 1 :][:, : layout.n_image], layout.grid, factor)[0]
     tile = table[layout.max_text : layout.max_text + layout.n_image]  # (n, D)
     return repeat(tile, "(h w) d -> (a h b w) d", h=layout.grid, a=factor, b=factor)
+
+
+@torch.no_grad()
+def enlarged_codes(vqvae: VQVAE, coarse: Tensor, config: SuperResolutionConfig, level: int) -> Tensor:
+    """The coarse picture (B, n) decoded, enlarged bicubically and encoded again: (B, F) codes to start from."""
+    small = vqvae.decode(rearrange(coarse, "b (h w) -> b h w", h=config.coglm.layout.grid), level).clamp(0, 1)
+    large = F.interpolate(small, scale_factor=config.factor, mode="bicubic").clamp(0, 1)
+    return rearrange(vqvae.encode(large, level), "b h w -> b (h w)")
 
 
 def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,16 +198,21 @@ class DirectSR(nn.Module):
             own.load_state_dict(attention.state_dict())
 
     def forward(
-        self, texts: Sequence[Sequence[int]], coarse: Tensor, record: Record | None = None
+        self,
+        texts: Sequence[Sequence[int]],
+        coarse: Tensor,
+        start: Tensor | None = None,
+        record: Record | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states of both levels after the final norm: (B, L, D) and (B, F, D).
 
         Args:
             texts: token ids of each text, without start tokens. coarse: (B, n) codes.
+            start: (B, F) from ``enlarged_codes``, for models with ``fine_start="enlarged"``.
             record: filled with the hidden states of both levels, (B, L + F, D) after each layer.
 
         Raises:
-            MiniCogViewError: if ``coarse`` has another shape or codes outside of the codebook.
+            MiniCogViewError: if ``coarse`` or ``start`` has another shape or codes outside of the codebook.
         """
         config, layout, base = self.config, self.config.coglm.layout, self.base
         check_codes(coarse, layout.n_image, config.coglm.n_codes, "coarse")
@@ -206,10 +221,7 @@ class DirectSR(nn.Module):
         places = torch.arange(layout.n_image, device=device).expand(len(coarse), -1) + layout.max_text + 1
         low = base.token_embedding(torch.cat([tokens, coarse.to(device)], 1))
         low = low + base.position_embedding(torch.cat([positions, places], 1))  # (B, L, D)
-        if config.fine_start == "coarse":
-            cells = enlarge(coarse.to(device), layout.grid, config.factor)  # (B, F)
-        else:
-            cells = torch.full((len(coarse), len(self.fine_position.weight)), config.coglm.ids.boi, device=device)
+        cells = self.start_cells(coarse, start).to(device)  # (B, F)
         fine = base.token_embedding(cells) + self.fine_position.weight  # (B, F, D)
         bias = attention_bias(low_mask(real, layout.n_image))
         n_heads, of_low, of_fine = config.coglm.transformer.n_heads, attentions(base), list(self.fine_attention)
@@ -222,9 +234,23 @@ class DirectSR(nn.Module):
 
         return run_levels(base, low, fine, attend, record)
 
+    def start_cells(self, coarse: Tensor, start: Tensor | None) -> Tensor:
+        """What the fine tokens are before anything is known about them: (B, F) ids, as ``config.fine_start`` says."""
+        config, n_cells = self.config, len(self.fine_position.weight)
+        if config.fine_start == "tiled":
+            return torch.full((len(coarse), n_cells), config.coglm.ids.boi)
+        if config.fine_start == "coarse":
+            return enlarge(coarse, config.coglm.layout.grid, config.factor)
+        if start is None:
+            raise MiniCogViewError("this model starts from the enlarged picture: give start=enlarged_codes(...)")
+        check_codes(start, n_cells, config.coglm.n_codes, "start")
+        return start
+
     @torch.no_grad()
-    def upsample(self, texts: Sequence[Sequence[int]], coarse: Tensor, sampler: CellSampler) -> Tensor:
+    def upsample(
+        self, texts: Sequence[Sequence[int]], coarse: Tensor, sampler: CellSampler, start: Tensor | None = None
+    ) -> Tensor:
         """Fine codes (B, F) in raster order for coarse codes (B, n): one pass, then every cell by itself."""
-        _, fine = self(texts, coarse)
+        _, fine = self(texts, coarse, start)
         cells = torch.arange(fine.shape[1], device=fine.device)
         return choose_codes(self.base, fine, cells, self.config.coglm.n_codes, sampler)

@@ -812,7 +812,7 @@ def test_sr_direct_layout(direct: DirectSR) -> None:
 @torch.no_grad()
 def test_sr_direct_forward(direct: DirectSR) -> None:
     g, record = golden("sr/dsr_forward.safetensors"), Record()
-    hidden = torch.cat(direct(g["text_tokens"].tolist(), g["low_res_tokens"], record), 1)
+    hidden = torch.cat(direct(g["text_tokens"].tolist(), g["low_res_tokens"], record=record), 1)
     for layer, state in enumerate(record.hidden):
         close(state[:1, g["rows"]], g[f"hidden_after_layer_{layer}_rows"])
     logits = direct.base.logits(hidden, direct.config.coglm.n_codes)

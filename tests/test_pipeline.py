@@ -74,10 +74,10 @@ def test_same_seed_same_picture_whatever_n(model: CogView2, monkeypatch: pytest.
     assert torch.equal(four.tokens, again.tokens)
     assert torch.equal(four.tokens[2], alone.tokens[0]) and np.array_equal(four[2], alone[0])
     monkeypatch.setattr(pipeline, "BATCH", 3)
-    steps: list[int] = []
-    split = model.generate("红苹果", n=4, seed=10, on_step=steps.append)
+    steps: list[tuple[str, int, int]] = []
+    split = model.generate("红苹果", n=4, seed=10, on_step=lambda *step: steps.append(step))
     assert torch.equal(four.tokens, split.tokens)
-    assert steps == list(range(1, 2 * 9 + 1))
+    assert steps == [("drawing", done, 2 * 9) for done in range(1, 2 * 9 + 1)]
 
 
 def test_text_decides_the_picture_and_blanks_do_not(model: CogView2) -> None:
@@ -247,7 +247,7 @@ def test_presets_without_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, 
         CogView2.from_pretrained(folder, "toyy")
     shutil.copytree(folder, tmp_path / "tiny")
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setattr(pipeline, "SHIPPED", tmp_path)
+    monkeypatch.setattr("minicogview.loading.SHIPPED", tmp_path)
     assert CogView2.from_pretrained("tiny").size == 12
 
 

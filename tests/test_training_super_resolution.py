@@ -20,7 +20,7 @@ from minicogview.training.recipes import TOY_WEIGHTS
 from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe, replace_codes
 
 CODEBOOK = torch.randn(CODES, 4, generator=torch.Generator().manual_seed(1))
-RECIPE = SuperResolutionRecipe(batch_size=4, n_neighbours=3)
+RECIPE = SuperResolutionRecipe(batch_size=4, n_neighbours=3, softness=0.2)
 
 
 class Words(Tokenizer):

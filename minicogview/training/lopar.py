@@ -3,7 +3,8 @@
 The idea: masks of all the kinds that it will meet. Half of them are rounds of the schedule, moved to a random place;
 the others are cells drawn at random, few or many. The cells in view are, half of the time, not the true ones but what
 the direct stage made of the picture ("drafts"): a model that has only seen true neighbours takes a draft's mistakes
-for facts. The original's authors never published this part. CogView2 (arXiv 2204.14217), section 3.3.
+for facts. A model that is told what stood in a masked cell gets the draft's code there, or that of the enlarged coarse
+picture, never the true one. The original's authors never published this part. CogView2 (arXiv 2204.14217), section 3.3.
 
 Shapes: ``N`` pictures, ``F`` fine tokens of a picture, ``B`` batch, ``K`` codebook size.
 """
@@ -17,8 +18,14 @@ import torch
 from torch import Tensor
 
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
-from minicogview.training.coglm import neighbours, spread_targets
-from minicogview.training.super_resolution import Pairs, SuperResolutionRecipe, fine_loss, replace_codes
+from minicogview.training.coglm import neighbours
+from minicogview.training.super_resolution import (
+    Pairs,
+    SuperResolutionRecipe,
+    fine_loss,
+    replace_codes,
+    soft_targets,
+)
 
 
 def draw_mask(grid: tuple[int, int], schedule: Schedule, rng: np.random.Generator) -> Tensor:
@@ -35,11 +42,12 @@ class IterativeObjective:
     """Trains ``IterativeSR``, all of it. See ``training.fit``.
 
     Args:
-        drafts: (N, F) codes that the direct stage gives for each picture; None trains on true codes alone.
+        drafts: (N, F) codes that the direct stage gives for each picture; None trains on true codes alone, or where
+            ``pairs.start`` is given on those.
         validate: whatever the model is to be judged by.
     """
 
-    DRAFTS = 0.5  # share of samples that show a draft
+    DRAFTS = 0.5  # share of samples that show a draft in the cells in view
 
     def __init__(
         self,
@@ -54,7 +62,7 @@ class IterativeObjective:
         self.model, self.pairs, self.recipe = model, pairs, recipe
         self.drafts, self.schedule = drafts, schedule
         self.near = neighbours(codebook, recipe.n_neighbours)
-        self.targets = spread_targets(codebook, recipe.spread, recipe.n_neighbours)
+        self.targets = soft_targets(codebook, recipe.softness)
         self._validate = validate
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -64,13 +72,22 @@ class IterativeObjective:
         rng = np.random.default_rng((recipe.seed, step))
         labels = self.pairs.fine[rows]  # (B, F)
         shown = replace_codes(labels, self.near, recipe.max_noise, rng)
-        if self.drafts is not None:
+        before = self.before(rows, rng)
+        if before is not None:
             drafted = torch.from_numpy(rng.random((len(rows), 1)) < self.DRAFTS)
-            shown = torch.where(drafted, self.drafts[rows], shown)
+            shown = torch.where(drafted, before, shown)
         masks = torch.stack([draw_mask(config.fine_grid, self.schedule, rng).flatten() for _ in rows])  # (B, F)
-        _, hidden = self.model(texts, shown.masked_fill(masks, config.coglm.ids.boi))
+        _, hidden = self.model(texts, shown.masked_fill(masks, config.coglm.ids.boi), before)
         logits = self.model.base.logits(hidden[masks.to(hidden.device)], len(self.targets))
         return fine_loss(logits, labels[masks], self.targets)
+
+    def before(self, rows: Tensor, rng: np.random.Generator) -> Tensor | None:
+        """Pictures as they may come in: (B, F) codes of the direct stage or of the enlarged coarse picture."""
+        start = self.pairs.start
+        if self.drafts is None or start is None:
+            return self.drafts[rows] if self.drafts is not None else None if start is None else start[rows]
+        direct = torch.from_numpy(rng.random((len(rows), 1)) < 0.7)
+        return torch.where(direct, self.drafts[rows], start[rows])
 
     def validate(self) -> dict[str, float]:
         """Whatever was handed in to judge the model by; nothing by default."""

@@ -18,11 +18,11 @@ from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluate import Judge, Sharpness, emoji_pictures, encode_all, encode_pairs
+from minicogview.evaluate import Judge, emoji_pictures, encode_all, encode_pairs, sharpness
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
-from minicogview.sampling import Clusters, Sampler, cluster_codebook
-from minicogview.super_resolution import DirectSR
+from minicogview.sharpening import Sharpener
+from minicogview.super_resolution import DirectSR, enlarged_codes
 from minicogview.tokenizer import Tokenizer
 from minicogview.training.coglm import LANGUAGES, CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.loop import fit
@@ -63,7 +63,10 @@ def emoji_pairs(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> Pairs:
     def describe(i: int, language: str, rng: random.Random) -> str:
         return captions.vary(emoji[i], language, rng)
 
-    return Pairs(coarse, fine, describe, tokenizer)
+    start = None
+    if preset.fine_start == "enlarged":
+        start = torch.cat([enlarged_codes(vqvae, part, preset.direct, preset.level) for part in coarse.split(32)])
+    return Pairs(coarse, fine, describe, tokenizer, start)
 
 
 def train_coglm(
@@ -113,12 +116,12 @@ def train_coglm(
     return summary
 
 
-def judge_sharpness(sharpness: Sharpness, direct: DirectSR, iterative: IterativeSR | None) -> dict[str, float]:
+def judge_sharpness(sharpener: Sharpener, tokenizer: Tokenizer) -> dict[str, float]:
     """PSNR and SSIM on 60 training pictures and 60 of characters that super-resolution never saw."""
     numbers = {}
     with torch.autocast("cpu", enabled=False):
         for split in ("train", "tokenizer_heldout"):
-            for key, value in sharpness.judge(direct, iterative, split, "en", limit=60).items():
+            for key, value in sharpness(sharpener, tokenizer, split, "en", limit=60).items():
                 numbers[f"{split}/{key}"] = value
     return numbers
 
@@ -142,29 +145,27 @@ def train_direct(
     torch.manual_seed(recipe.seed)
     vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
     model = DirectSR(preset.direct, load_coglm(weights / "coglm.safetensors").transformer)
-    sharpness = Sharpness(vqvae, tokenizer, preset)
+    sharpener = Sharpener(vqvae, preset, model)
     objective = DirectObjective(
         model,
         emoji_pairs(preset, vqvae, tokenizer),
         codebook,
         recipe,
-        validate=lambda model: judge_sharpness(sharpness, model, None),
+        validate=lambda _: judge_sharpness(sharpener, tokenizer),
     )
     summary = fit(objective, out / "direct", validate_every=judge_every, **settings)
     save_direct(out / "direct.safetensors", model)
     return summary
 
 
-def make_drafts(model: DirectSR, pairs: Pairs, preset: Preset, codebook: Tensor, batch: int = 16) -> Tensor:
+def make_drafts(sharpener: Sharpener, pairs: Pairs, batch: int = 16) -> Tensor:
     """What the direct stage makes of every training picture: (N, F) codes, for the iterative one to learn from."""
-    clusters = Clusters.of(cluster_codebook(codebook, preset.direct_sampling.n_clusters))
     drafts = []
     for rows in torch.arange(len(pairs.coarse)).split(batch):
         rngs = [random.Random(int(row)) for row in rows]
         said = [pairs.describe(int(row), rng.choice(LANGUAGES), rng) for row, rng in zip(rows, rngs, strict=True)]
         texts = [pairs.tokenizer.encode(words) for words in said]
-        sampler = Sampler(rows.tolist(), preset.direct_sampling, clusters, pairs.fine.shape[1])
-        drafts.append(model.upsample(texts, pairs.coarse[rows], sampler))
+        drafts.append(sharpener.draft(texts, pairs.coarse[rows], rows.tolist()))
     return torch.cat(drafts)
 
 
@@ -187,14 +188,14 @@ def train_iterative(
     vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
     base, shared = (load_coglm(weights / "coglm.safetensors").transformer for _ in range(2))
     direct, model = load_direct(weights / "direct.safetensors", shared), IterativeSR(preset.iterative, base)
-    sharpness, pairs = Sharpness(vqvae, tokenizer, preset), emoji_pairs(preset, vqvae, tokenizer)
+    pairs, sharpener = emoji_pairs(preset, vqvae, tokenizer), Sharpener(vqvae, preset, direct, model)
     objective = IterativeObjective(
         model,
         pairs,
         codebook,
         recipe,
-        make_drafts(direct, pairs, preset, codebook),
-        validate=lambda model: judge_sharpness(sharpness, direct, model),
+        make_drafts(sharpener, pairs),
+        validate=lambda _: judge_sharpness(sharpener, tokenizer),
     )
     summary = fit(objective, out / "iterative", validate_every=judge_every, **settings)
     save_model(out / "iterative.safetensors", model, preset.iterative, "iterative")

@@ -2,8 +2,8 @@
 
 The idea: the model sees a caption and the coarse codes and predicts every fine code at once. The original's authors
 never published this part. Ours adds what helped a small model: now and then no caption, some coarse codes replaced
-(at work they come from CogLM and are not perfect), and targets spread over neighbouring codes, since many fine cells
-have several right answers that look the same. CogView2 (arXiv 2204.14217), section 3.3.
+(at work they come from CogLM and are not perfect), and soft targets over all codes, by how near each is to the true
+one: many fine cells have several right answers that look the same. CogView2 (arXiv 2204.14217), section 3.3.
 
 Shapes: ``N`` pictures, ``n`` coarse and ``F`` fine tokens of a picture, ``B`` batch, ``K`` codebook size.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minicogview.super_resolution import DirectSR
 from minicogview.tokenizer import Tokenizer
-from minicogview.training.coglm import LANGUAGES, neighbours, spread_targets
+from minicogview.training.coglm import LANGUAGES, neighbours
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Pairs:
     fine: Tensor  # (N, F) int64
     describe: Callable[[int, str, random.Random], str]
     tokenizer: Tokenizer
+    start: Tensor | None = None  # (N, F) codes of the enlarged coarse pictures, for models that start from them
 
     def draw(self, size: int, no_caption: float, seed: int, step: int) -> tuple[Tensor, list[list[int]]]:
         """Rows (B,) and caption ids of a batch that depends on (seed, step) alone; some captions are empty."""
@@ -48,7 +49,7 @@ class SuperResolutionRecipe:
     batch_size: int = 8
     no_caption: float = 0.1
     max_noise: float = 0.1  # each sample's share of replaced input codes is uniform up to this
-    spread: float = 0.1  # of each target given to neighbouring codes
+    softness: float = 1.5  # of the targets, see ``soft_targets``; 0: the true code alone
     n_neighbours: int = 8
     seed: int = 0
 
@@ -59,6 +60,18 @@ def replace_codes(codes: Tensor, near: Tensor, max_noise: float, rng: np.random.
     hit = torch.from_numpy(rng.random(tuple(codes.shape))) < rate
     which = torch.from_numpy(rng.integers(near.shape[1], size=tuple(codes.shape)))
     return torch.where(hit, near[codes, which], codes)
+
+
+def soft_targets(codebook: Tensor, softness: float) -> Tensor:
+    """(K, K) target distributions: the nearer a code (K, C) is to the true one, the larger its share.
+
+    Shares fall with the squared distance as exp(-distance / (softness * mean squared distance of nearest codes)).
+    """
+    if softness == 0:
+        return torch.eye(len(codebook))
+    squared = torch.cdist(codebook, codebook).square()
+    nearest = squared.clone().fill_diagonal_(torch.inf).min(1).values.mean()
+    return (-squared / (softness * nearest)).softmax(-1)
 
 
 class DirectObjective:
@@ -81,7 +94,7 @@ class DirectObjective:
     ):
         self.model, self.pairs, self.recipe = model, pairs, recipe
         self.near = neighbours(codebook, recipe.n_neighbours)
-        self.targets = spread_targets(codebook, recipe.spread, recipe.n_neighbours)
+        self.targets = soft_targets(codebook, recipe.softness)
         self._validate = validate
         model.base.requires_grad_(train_base)
 
@@ -91,7 +104,10 @@ class DirectObjective:
         rows, texts = self.pairs.draw(recipe.batch_size, recipe.no_caption, recipe.seed, step)
         rng = np.random.default_rng((recipe.seed, step))
         coarse = replace_codes(self.pairs.coarse[rows], self.near, recipe.max_noise, rng)
-        _, hidden = self.model(texts, coarse)  # (B, F, D)
+        start = self.pairs.start
+        if start is not None:
+            start = replace_codes(start[rows], self.near, recipe.max_noise, rng)
+        _, hidden = self.model(texts, coarse, start)  # (B, F, D)
         labels = self.pairs.fine[rows]
         return fine_loss(self.model.base.logits(hidden, len(self.targets)), labels, self.targets)
 
@@ -101,7 +117,7 @@ class DirectObjective:
 
 
 def fine_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy of logits (..., K) against spread targets, and the share of labels (...) guessed right."""
+    """Cross entropy of logits (..., K) against soft targets, and the share of labels (...) guessed right."""
     logits, labels = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
     loss = F.cross_entropy(logits, targets.to(logits.device)[labels])
     right = (logits.detach().argmax(-1) == labels).float().mean()

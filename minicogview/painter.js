@@ -1,0 +1,125 @@
+// The browser's half of painter.py. The mask lives in the opacity of one ImageData of the picture's own size: what is
+// seen is what is sent. Strokes are rasterised here and not by the canvas, whose soft edges leave half-painted pixels.
+const COLOUR = [213, 94, 0]; // vermilion of the Okabe-Ito palette, which colour-blind readers can tell from others
+
+function make(tag, name, parent, more = {}) {
+  const element = Object.assign(document.createElement(tag), { className: name, ...more });
+  parent.append(element);
+  return element;
+}
+
+function render({ model, el }) {
+  const [height, width] = model.get("size");
+  const zoom = model.get("zoom"); // screen pixels for each pixel of the picture
+
+  const root = make("div", "mcv-painter", el);
+  const stage = make("div", "mcv-stage", root);
+  stage.style.width = `${width * zoom}px`;
+  stage.style.aspectRatio = `${width} / ${height}`;
+  const url = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
+  const picture = make("img", "mcv-picture", stage, { src: url, alt: "the picture to paint on", draggable: false });
+  const canvas = make("canvas", "mcv-mask", stage, { width, height });
+  const ring = make("div", "mcv-ring", stage); // shows how large the brush is
+  if (zoom > 1) picture.style.imageRendering = canvas.style.imageRendering = "pixelated";
+
+  const tools = make("div", "mcv-tools", root);
+  const brushLabel = make("label", "", tools, { textContent: "brush " });
+  const most = Math.max(2, Math.round(Math.max(height, width) / 2));
+  const brush = make("input", "mcv-brush", brushLabel, { type: "range", min: 1, max: most, value: Math.ceil(most / 4) });
+  const number = make("span", "mcv-number", brushLabel);
+  const eraseLabel = make("label", "", tools);
+  const erase = make("input", "mcv-erase", eraseLabel, { type: "checkbox" });
+  eraseLabel.append(" erase");
+  const clear = make("button", "mcv-clear", tools, { type: "button", textContent: "clear" });
+
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(width, height);
+  let last = null; // where the stroke that is being painted was seen last
+
+  function fill(opacityOf) {
+    for (let i = 0; i < width * height; i++) pixels.data.set([...COLOUR, opacityOf(i)], 4 * i);
+    context.putImageData(pixels, 0, 0);
+  }
+
+  // One bit a pixel, row after row, the first in the highest bit: numpy's packbits.
+  function load() {
+    if (last) return; // an older mask that comes back now must not wipe out the stroke under the pointer
+    const bits = model.get("bits"); // a DataView; empty: nothing is painted
+    const known = bits && bits.byteLength === Math.ceil((width * height) / 8);
+    fill((i) => (known && bits.getUint8(i >> 3) & (128 >> (i & 7)) ? 255 : 0));
+  }
+
+  function send() {
+    const bits = new Uint8Array(Math.ceil((width * height) / 8));
+    for (let i = 0; i < width * height; i++) if (pixels.data[4 * i + 3]) bits[i >> 3] |= 128 >> (i & 7);
+    model.set("bits", new DataView(bits.buffer));
+    model.save_changes();
+  }
+
+  // Marks the pixels whose middles are within a brush of the line between two points, and the one under the pointer.
+  function stroke([x0, y0], [x1, y1]) {
+    const radius = brush.value / 2;
+    const [dx, dy] = [x1 - x0, y1 - y0];
+    const long = dx * dx + dy * dy || 1; // one point: any length but 0
+    const left = Math.max(0, Math.floor(Math.min(x0, x1) - radius));
+    const right = Math.min(width, Math.ceil(Math.max(x0, x1) + radius));
+    const top = Math.max(0, Math.floor(Math.min(y0, y1) - radius));
+    const bottom = Math.min(height, Math.ceil(Math.max(y0, y1) + radius));
+    for (let y = top; y < bottom; y++) {
+      for (let x = left; x < right; x++) {
+        const [px, py] = [x + 0.5 - x0, y + 0.5 - y0];
+        const part = Math.min(1, Math.max(0, (px * dx + py * dy) / long));
+        const near = Math.hypot(px - part * dx, py - part * dy) <= radius;
+        const under = x === Math.floor(x1) && y === Math.floor(y1);
+        if (near || under) pixels.data[4 * (y * width + x) + 3] = erase.checked ? 0 : 255;
+      }
+    }
+    if (right > left && bottom > top) context.putImageData(pixels, 0, 0, left, top, right - left, bottom - top);
+  }
+
+  function place(event) {
+    const box = canvas.getBoundingClientRect(); // a narrow page shows the canvas smaller than its zoom says
+    const scale = width / box.width;
+    const point = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+    const side = `${brush.value / scale}px`;
+    Object.assign(ring.style, { width: side, height: side, display: "block" });
+    Object.assign(ring.style, { left: `${point[0] / scale}px`, top: `${point[1] / scale}px` });
+    return point;
+  }
+
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0) return;
+    event.preventDefault(); // else the page selects text
+    canvas.setPointerCapture(event.pointerId); // a stroke may leave the picture and come back
+    last = place(event);
+    stroke(last, last);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    const here = place(event);
+    if (last) stroke(last, here);
+    last = last && here;
+  });
+  for (const end of ["pointerup", "pointercancel"]) {
+    canvas.addEventListener(end, () => {
+      if (last) send(); // once a stroke: a message for each move would crowd the kernel
+      last = null;
+    });
+  }
+  canvas.addEventListener("pointerleave", () => (ring.style.display = "none"));
+  clear.addEventListener("click", () => {
+    fill(() => 0);
+    send();
+  });
+  const tell = () => (number.textContent = `${brush.value} px`);
+  brush.addEventListener("input", tell);
+
+  tell();
+  load();
+  model.on("change:bits", load); // cleared from Python, or painted in another view of the same widget
+  return () => {
+    model.off("change:bits", load);
+    URL.revokeObjectURL(url);
+  };
+}
+
+export default { render };

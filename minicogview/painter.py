@@ -1,0 +1,169 @@
+"""Painting a mask on a picture in the notebook, and having a model draw anew what was painted.
+
+The idea: the browser shows the picture with a see-through canvas over it, and after every stroke sends the canvas as
+one bit a pixel; Python unpacks the bits into the mask that ``CogView2.edit`` takes. The browser's half is
+``painter.js``, a plain ES module that anywidget loads in JupyterLab, Colab and VS Code.
+
+For: CogView2 (arXiv 2204.14217), section 3.2; the geometry is in ``editing.py``, the drawing in ``pipeline.py``. The
+original has no counterpart: there masks are typed in as numbers. The static twin for readers who only see the page is
+``editing.box_mask``.
+
+Shapes: a picture has H x W pixels, and its mask H * W bits in ceil(H * W / 8) bytes, row after row.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import anywidget
+import ipywidgets as ipw
+import numpy as np
+import torch
+import traitlets
+from PIL import Image
+from torch import Tensor
+
+from minicogview.errors import MiniCogViewError
+from minicogview.pictures import contact_sheet, scale_to
+from minicogview.pipeline import CogView2
+from minicogview.tokenizer import open_picture, upright
+
+SMALL, LARGE = 256, 512  # pixels on the screen: smaller pictures are enlarged, larger ones are shrunk
+CSS = """
+.mcv-stage { position: relative; max-width: 100%; touch-action: none; overflow: hidden; }
+.mcv-stage > * { position: absolute; top: 0; left: 0; }
+.mcv-picture, .mcv-mask { width: 100%; height: 100%; max-width: none; margin: 0; }
+.mcv-mask { opacity: 0.6; cursor: crosshair; touch-action: none; }
+.mcv-ring { display: none; box-sizing: border-box; transform: translate(-50%, -50%); pointer-events: none;
+            border: 1px solid white; outline: 1px solid black; border-radius: 50%; }
+.mcv-tools { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 16px; margin: 4px 0; }
+.mcv-tools label { display: flex; align-items: center; gap: 4px; }
+.mcv-number { min-width: 4em; }
+"""
+
+
+def zoom_of(height: int, width: int) -> float:
+    """Screen pixels for each pixel of a picture: a whole number for small ones, below 1 for large ones.
+
+    Example:
+        >>> zoom_of(32, 24), zoom_of(300, 400), zoom_of(1024, 768)
+        (8.0, 1.0, 0.5)
+    """
+    side = max(height, width)
+    return min(float(scale_to(side, SMALL)), LARGE / side)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+class MaskPainter(anywidget.AnyWidget):
+    """A picture that one paints a mask on with the mouse, a pen or a finger: brush size, erase, clear.
+
+    Attributes:
+        picture: the PIL picture, upright, of its own size.
+        size: (H, W) of the picture.
+        zoom: screen pixels for each of its pixels.
+        png: what the browser shows: the picture, shrunk if it is larger than any screen needs.
+        bits: the mask as it came from the browser, ``numpy.packbits`` of (H, W); empty before the first stroke.
+
+    Example:
+        >>> painter = MaskPainter(Image.new("RGB", (4, 2)))
+        >>> painter.bits = bytes([0b0110_0000])  # as if painted in the browser
+        >>> painter.mask.int().tolist()
+        [[0, 1, 1, 0], [0, 0, 0, 0]]
+    """
+
+    _esm = Path(__file__).with_name("painter.js")
+    _css = CSS
+    size = traitlets.Tuple(traitlets.Int(), traitlets.Int()).tag(sync=True)
+    zoom = traitlets.Float().tag(sync=True)
+    png = traitlets.Bytes().tag(sync=True)
+    # What comes from the browser is a memoryview, which Bytes refuses; ipywidgets then drops it without a word.
+    bits = traitlets.Bytes().tag(sync=True, from_json=lambda value, _: bytes(value))
+
+    def __init__(self, picture: Image.Image | str | Path) -> None:
+        """Show a picture of any size, a PIL image or a file, with nothing painted.
+
+        Raises:
+            MiniCogViewError: if the file is missing or no picture.
+        """
+        image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
+        shown = image.copy()
+        shown.thumbnail((2 * LARGE, 2 * LARGE))  # twice as fine as it is shown, for screens with dense pixels
+        size = image.height, image.width
+        super().__init__(size=size, zoom=zoom_of(*size), png=_png(shown))
+        self.picture = image
+
+    @property
+    def mask(self) -> Tensor:
+        """What was painted, (H, W) bool, of the picture's own size; True is drawn anew.
+
+        Raises:
+            MiniCogViewError: if nothing is painted, or the bytes do not fit the picture.
+        """
+        height, width = self.size
+        wanted = -(-height * width // 8)
+        if self.bits and len(self.bits) != wanted:
+            raise MiniCogViewError(
+                f"the mask has {len(self.bits)} bytes, one of {height} x {width} pixels has {wanted}: "
+                "press clear and paint again"
+            )
+        if not any(self.bits):
+            raise MiniCogViewError("nothing is painted: paint with the mouse over what is to be drawn anew")
+        bits = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=height * width)
+        return torch.from_numpy(bits.reshape(height, width).astype(bool))
+
+    def clear(self) -> None:
+        """Unpaint everything, here and in the browser."""
+        self.bits = b""
+
+
+def edit_panel(
+    model: CogView2, picture: Image.Image | str | Path, text: str = "", n: int = 1, seed: int = 0
+) -> ipw.VBox:
+    """Paint on a picture, say what shall be there, and press the button: ``model.edit`` draws it.
+
+    Args:
+        model: anything with the ``edit`` of ``CogView2``.
+        picture: PIL image or file, of any size.
+        text: what stands in the text field at first; seed: likewise.
+        n: pictures for each press of the button, shown side by side.
+
+    Returns:
+        a box of the painter, the text, the seed, the button, a line for errors, and what was drawn.
+
+    Raises:
+        MiniCogViewError: if the picture is a file that is missing or no picture.
+    """
+    painter = MaskPainter(picture)
+    words = ipw.Text(text, description="text")
+    number = ipw.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed")
+    button = ipw.Button(description="draw", button_style="primary")
+    status = ipw.Label()
+    image = ipw.Image(format="png", layout=ipw.Layout(max_width="100%", display="none"))
+
+    def draw(_: ipw.Button) -> None:
+        button.disabled = True  # presses while the model draws would queue up
+        status.value = "drawing ..."
+        try:
+            drawn = list(model.edit(words.value, painter.picture, painter.mask, n=n, seed=number.value))
+            image.value = _png(contact_sheet([drawn], max(1, int(painter.zoom))))
+            image.layout.display = None
+            status.value = f"drawn with seed {number.value}"
+        except MiniCogViewError as error:
+            status.value = str(error)
+        except Exception as error:
+            status.value = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise  # the whole story goes to Jupyter's log
+        finally:
+            button.disabled = False
+
+    button.on_click(draw)
+    parts = {"text": words, "seed": number, "button": button, "status": status, "result": image}
+    for name, part in parts.items():
+        part.add_class(f"mcv-{name}")  # for style sheets and tests
+    return ipw.VBox([painter, *parts.values()])

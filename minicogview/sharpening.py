@@ -1,0 +1,104 @@
+"""Both super-resolution stages as one: coarse tokens in, nine times as many tokens out.
+
+The idea: the direct stage (``super_resolution.py``) drafts every fine token at once, the iterative one (``lopar.py``)
+guesses a part of them again, round after round. Here stand the two models together with what draws their tokens, so
+that generating, editing and judging all sharpen a picture in the same way. CogView2 (arXiv 2204.14217), section 3.3.
+
+Mirrors: ``sr_pipeline/sr_group.py`` of the official code.
+
+Shapes: ``B`` pictures, ``n`` coarse and ``F`` fine tokens of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from minicogview.checkpoint import load_direct, load_iterative
+from minicogview.config import Preset, SamplingConfig
+from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
+from minicogview.sampling import Clusters, Sampler, cluster_codebook
+from minicogview.super_resolution import DirectSR, enlarged_codes
+from minicogview.transformer import Transformer
+from minicogview.vqvae import VQVAE
+
+Texts = Sequence[Sequence[int]]
+STAGES = ("coarse", "direct", "refined")
+
+
+@dataclass(eq=False)
+class Sharpener:
+    """Sharpens coarse pictures.
+
+    Attributes:
+        vqvae, preset: the tokenizer's picture half, and the settings of both stages' samplers.
+        direct: the first of the two stages. iterative: the second; None: drafts stay as they are.
+        schedule: which tokens are guessed again in which round.
+        labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
+    """
+
+    vqvae: VQVAE
+    preset: Preset
+    direct: DirectSR
+    iterative: IterativeSR | None = None
+    schedule: Schedule = OFFICIAL
+    labels: Tensor | None = None
+
+    @cached_property
+    def clusters(self) -> Clusters | None:
+        """Of the picture codes, for the direct stage; None for plain top-k."""
+        n_clusters = self.preset.direct_sampling.n_clusters
+        if n_clusters == 0:
+            return None
+        labels = cluster_codebook(self.vqvae.quantizer.codebook, n_clusters) if self.labels is None else self.labels
+        return Clusters.of(labels)
+
+    @property
+    def n_stages(self) -> int:
+        """Stages in all, the one that draws the coarse picture included."""
+        return 2 if self.iterative is None else 3
+
+    @property
+    def grid(self) -> int:
+        """Fine tokens along each side of a picture."""
+        return self.direct.config.fine_grid[0]
+
+    def draft(self, texts: Texts, coarse: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The direct stage: fine codes (B, F) for coarse codes (B, n); picture i follows from its own seed."""
+        sampler = Sampler(seeds, self.preset.direct_sampling, self.clusters, self.grid**2)
+        start = None
+        if self.direct.config.fine_start == "enlarged":
+            start = enlarged_codes(self.vqvae, coarse, self.direct.config, self.preset.level)
+        return self.direct.upsample(texts, coarse, sampler, start)
+
+    def refine(
+        self, texts: Texts, fine: Tensor, seeds: Sequence[int], region: Tensor | None = None
+    ) -> list[Tensor]:
+        """The iterative stage: fine codes (B, F) after each round; only those in ``region`` (rows, columns) change."""
+        assert self.iterative is not None, "a Sharpener without an iterative model only drafts"
+        samplers = []
+        for number, top_k in enumerate(self.schedule.top_k, 1):
+            settings = SamplingConfig(temperature=self.preset.iterative_temperature, top_k=top_k)
+            samplers.append(Sampler([seed + (number << 40) for seed in seeds], settings, None, self.grid**2))
+        return self.iterative.refine(texts, fine, samplers, self.schedule, region)
+
+
+def load_sharpener(
+    folder: Path, base: Transformer, vqvae: VQVAE, preset: Preset, labels: Tensor | None = None
+) -> Sharpener | None:
+    """What a folder holds of both stages, on the device of ``base``; None where there is no ``direct.safetensors``.
+
+    Raises:
+        MiniCogViewError: if a file is damaged, or the direct stage was trained on top of another CogLM.
+    """
+    path, second = folder / "direct.safetensors", folder / "iterative.safetensors"
+    if not path.exists():
+        return None
+    device = base.token_embedding.weight.device
+    direct = load_direct(path, base).to(device)
+    iterative = load_iterative(second).to(device) if second.exists() else None
+    return Sharpener(vqvae, preset, direct, iterative, labels=labels)
