@@ -43,15 +43,17 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
         print_json(numbers)
         return 0
     print(
-        f"{preset}: {numbers['text_tokens']} text tokens to {numbers['image_tokens']} picture tokens, "
-        f"{numbers['pixels']} x {numbers['pixels']} pixels"
+        f"{preset}: {numbers['text_tokens']} text tokens to {numbers['image_tokens']} coarse and "
+        f"{numbers['fine_tokens']} fine picture tokens, {numbers['pixels']} x {numbers['pixels']} pixels"
     )
     print(f"{'':24}{'parameters':>15}{'fp16 MB':>12}{'fp32 MB':>12}{'GFLOP':>12}")
     rows = {
         "draw (CogLM)": numbers["stages"]["draw"],
+        "sharpen (direct)": numbers["stages"]["direct"],
+        "refine (LoPAR)": numbers["stages"]["refine"],
         "decode (VQ-VAE)": numbers["stages"]["decode"],
         "encode (VQ-VAE)": numbers["stages"]["encode"],
-        "all weights; draw+decode": numbers["total"],
+        "all weights; all stages": numbers["total"],
     }
     for name, row in rows.items():
         fp16, fp32 = row["fp16_bytes"] / 1e6, row["fp32_bytes"] / 1e6

@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minicogview.coglm import CogLM
-from minicogview.config import CogLMConfig, Preset
+from minicogview.config import CogLMConfig, Preset, SuperResolutionConfig
+from minicogview.lopar import OFFICIAL, IterativeSR
+from minicogview.super_resolution import DirectSR
 from minicogview.transformer import KVCache
 from minicogview.vqvae import VQVAE
 
@@ -40,12 +42,32 @@ def draw_flops(config: CogLMConfig, text_tokens: int) -> int:
     """Operations of one picture's tokens."""
 
     def of_layers(n_layers: int) -> int:
-        transformer = replace(config.transformer, n_layers=n_layers)
-        with torch.device("meta"):
-            return _draw_flops(CogLM(replace(config, transformer=transformer)), text_tokens)
+        return _draw_flops(CogLM(_of_depth(config, n_layers)), text_tokens)
 
-    # All layers are alike: models of one and of two layers tell what a layer costs.
-    one, two = of_layers(1), of_layers(2)
+    return _all_layers(of_layers, config)
+
+
+def sharpen_flops(config: SuperResolutionConfig, kind: type[DirectSR] | type[IterativeSR], text_tokens: int) -> int:
+    """Operations of one pass of a super-resolution stage, logits of all fine tokens included."""
+    n_fine, n_codes = config.fine_grid[0] * config.fine_grid[1], config.coglm.n_codes
+    codes = torch.zeros(1, config.coglm.layout.n_image if kind is DirectSR else n_fine, dtype=torch.long)
+    fine = torch.zeros(1, n_fine, dtype=torch.long)
+
+    def of_layers(n_layers: int) -> int:
+        model = kind(replace(config, coglm=_of_depth(config.coglm, n_layers)))
+        return count_flops(lambda: model.base.logits(model([[0] * text_tokens], codes.cpu(), fine.cpu())[1], n_codes))
+
+    return _all_layers(of_layers, config.coglm)
+
+
+def _of_depth(config: CogLMConfig, n_layers: int) -> CogLMConfig:
+    return replace(config, transformer=replace(config.transformer, n_layers=n_layers))
+
+
+def _all_layers(of_layers: Callable[[int], int], config: CogLMConfig) -> int:
+    """Operations of all layers. They are alike: models of one and of two layers tell what a layer costs."""
+    with torch.device("meta"):
+        one, two = of_layers(1), of_layers(2)
     return one + (config.transformer.n_layers - 1) * (two - one)
 
 
@@ -85,18 +107,26 @@ def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
         text_tokens: length of the text that is drawn.
 
     Returns:
-        ``stages``: for each of "draw", "decode" and "encode" its ``parameters``, ``fp16_bytes``,
-        ``fp32_bytes``, and ``flops`` for one picture; "draw" has ``cache_fp16_bytes`` too, the KV cache of one
-        picture. ``total``: the same keys for all weights (each counted once, decoders of other rates included)
-        and for a text's way to pixels (draw and decode).
+        ``stages``: for each of "draw", "direct" (what it has beside "draw"), "refine" (all rounds), "decode" (the fine
+        picture) and "encode" (a coarse one) its ``parameters``, ``fp16_bytes``, ``fp32_bytes``, and ``flops`` for one
+        picture; "draw" has ``cache_fp16_bytes`` too, the KV cache of one picture. ``total``: the same keys for all
+        weights (each counted once, decoders of other rates included) and for a text's way to the fine picture.
     """
     with torch.device("meta"):
         coglm, vqvae = CogLM(preset.coglm), VQVAE(preset.vqvae)
+        direct, iterative = DirectSR(preset.direct, coglm.transformer), IterativeSR(preset.iterative)
     level, grid, quantizer = preset.level, preset.layout.grid, vqvae.quantizer
-    codes = torch.zeros(1, grid, grid, dtype=torch.long, device="meta")
+    side = preset.direct.fine_grid[0]
+    codes = torch.zeros(1, side, side, dtype=torch.long, device="meta")
+    n_direct = count_parameters(direct) - count_parameters(coglm)
     encoder = (vqvae.encoder, vqvae.halvers[:level], quantizer)
     stages = {
         "draw": _cost(count_parameters(coglm), draw_flops(preset.coglm, text_tokens)),
+        "direct": _cost(n_direct, sharpen_flops(preset.direct, DirectSR, text_tokens)),
+        "refine": _cost(
+            count_parameters(iterative),
+            OFFICIAL.n_rounds * sharpen_flops(preset.iterative, IterativeSR, text_tokens),
+        ),
         "decode": _cost(
             count_parameters(vqvae.decoder(level), quantizer.codebook),
             count_flops(lambda: vqvae.decode(codes, level)),
@@ -105,14 +135,15 @@ def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
     }
     sizes = preset.transformer
     stages["draw"]["cache_fp16_bytes"] = 2 * 2 * sizes.n_layers * sizes.d_model * (text_tokens + grid * grid)
-    flops = stages["draw"]["flops"] + stages["decode"]["flops"]
+    flops = sum(stages[name]["flops"] for name in ("draw", "direct", "refine", "decode"))
     return {
         "preset": preset.name,
-        "pixels": preset.coarse_pixels,
+        "pixels": preset.fine_pixels,
         "text_tokens": text_tokens,
         "image_tokens": grid * grid,
+        "fine_tokens": side * side,
         "stages": stages,
-        "total": _cost(count_parameters(coglm, vqvae), flops),
+        "total": _cost(count_parameters(direct, iterative, vqvae), flops),
     }
 
 

@@ -79,9 +79,13 @@ def start_positions(table: Tensor, layout: LayoutConfig, factor: int, start: Fin
 @torch.no_grad()
 def enlarged_codes(vqvae: VQVAE, coarse: Tensor, config: SuperResolutionConfig, level: int) -> Tensor:
     """The coarse picture (B, n) decoded, enlarged bicubically and encoded again: (B, F) codes to start from."""
-    small = vqvae.decode(rearrange(coarse, "b (h w) -> b h w", h=config.coglm.layout.grid), level).clamp(0, 1)
-    large = F.interpolate(small, scale_factor=config.factor, mode="bicubic").clamp(0, 1)
-    return rearrange(vqvae.encode(large, level), "b h w -> b (h w)")
+    codes = []
+    for picture in rearrange(coarse, "b (h w) -> b 1 h w", h=config.coglm.layout.grid):
+        # One by one: in a batch convolutions round differently, and a picture must not depend on its neighbours.
+        small = vqvae.decode(picture, level).clamp(0, 1)
+        large = F.interpolate(small, scale_factor=config.factor, mode="bicubic").clamp(0, 1)
+        codes.append(vqvae.encode(large, level).flatten(1))
+    return torch.cat(codes)
 
 
 def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:

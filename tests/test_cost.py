@@ -11,6 +11,8 @@ from minicogview import packing
 from minicogview.coglm import CogLM
 from minicogview.config import get_preset
 from minicogview.cost import costs, draw_flops
+from minicogview.lopar import IterativeSR
+from minicogview.super_resolution import DirectSR
 from minicogview.vqvae import VQVAE
 
 
@@ -18,7 +20,14 @@ def test_parameters_are_those_of_the_real_models() -> None:
     numbers, coglm, vqvae = costs(TINY), CogLM(TINY.coglm), VQVAE(TINY.vqvae)
     n_coglm = sum(p.numel() for p in coglm.parameters())
     assert numbers["stages"]["draw"]["parameters"] == n_coglm
-    assert numbers["total"]["parameters"] == n_coglm + sum(p.numel() for p in vqvae.parameters())
+    stages = numbers["stages"]
+    sharpening = stages["direct"]["parameters"] + stages["refine"]["parameters"]
+    assert sharpening == sum(
+        p.numel()
+        for module in (DirectSR(TINY.direct).fine_attention, IterativeSR(TINY.iterative))
+        for p in module.parameters()
+    ) + 81 * 16
+    assert numbers["total"]["parameters"] == n_coglm + sharpening + sum(p.numel() for p in vqvae.parameters())
     assert numbers["total"]["fp32_bytes"] == 4 * numbers["total"]["parameters"]
 
 

@@ -107,9 +107,9 @@ def test_drafts_are_shown_and_true_codes_asked_for(pairs: Pairs, monkeypatch: py
     seen: list[torch.Tensor] = []
     forward = IterativeSR.forward
 
-    def spy(self: IterativeSR, texts: list[list[int]], fine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(self: IterativeSR, texts: list[list[int]], fine: torch.Tensor, before: torch.Tensor) -> object:
         seen.append(fine)
-        return forward(self, texts, fine)
+        return forward(self, texts, fine, before)
 
     monkeypatch.setattr(IterativeSR, "forward", spy)
     for step in range(6):
