@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from minicogview.cli_edit import edit
+from minicogview.cli_edit import edit, outpaint, vary
 from minicogview.cli_evaluate import captioning, infilling, retrieval, selection, sharpness, tokenizer
 from minicogview.cli_generate import generate
 from minicogview.cli_shared import complain, print_json
@@ -65,6 +65,8 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
 COMMANDS: dict[str, Any] = {
     "generate": generate,
     "edit": edit,
+    "vary": vary,
+    "outpaint": outpaint,
     "train": {
         "text": train_text,
         "vqvae": train_vqvae,

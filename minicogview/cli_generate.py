@@ -49,6 +49,7 @@ def generate(
     top_k: OptionalInt = None,
     guidance: OptionalFloat = None,
     stages: OptionalInt = None,
+    style: str = "none",
     json: bool = False,
 ) -> int:
     """Draw pictures of texts: one PNG file for each, and all of them on one contact sheet.
@@ -64,6 +65,8 @@ def generate(
         top_k: how many clusters of tokens stay in play; the preset's if not given.
         guidance: classifier-free guidance, 1 is none; the preset's if not given.
         stages: 1 stops at the coarse picture, 2 after direct super-resolution, 3 after LoPAR; all if not given.
+        style: a recipe of the original, for weights that know it: mainbody, photo, flat, comics, oil, sketch,
+            isometric, chinese or watercolor.
         json: print a list of texts with files, scores and seeds, or the error.
     """
     if not texts:
@@ -80,6 +83,10 @@ def generate(
     options = {"temperature": temperature, "top_k": top_k, "guidance": guidance}
     sampling = {name: value for name, value in options.items() if value is not None}
     model = source.load()
+    from minicogview.styles import get_style
+
+    chosen = get_style(style)
+    model = chosen.model(model)
     model.settings(sampling)  # wrong ones are reported once, not for every text
     if stages is not None and not 1 <= stages <= model.n_stages:
         raise MiniCogViewError(f"--stages is {stages}: these weights have 1 to {model.n_stages}")
@@ -89,7 +96,7 @@ def generate(
     rows, stems = [], set[str]()
     for text in texts:
         try:
-            pictures = draw(model, text, n, keep, seed, stages, sampling, progress=not json)
+            pictures = draw(model, chosen.text(text), n, keep, seed, stages, sampling, progress=not json)
         except MiniCogViewError as error:
             complain(f"{shorten(text)!r}: {error}" if len(texts) > 1 else str(error))
             reports.append({"text": text, "error": one_line(error)})

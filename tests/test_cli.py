@@ -129,6 +129,8 @@ def test_file_names() -> None:
         (["generate", "cat", "dog", "--temperature", "-1"], "temperature -1.0 is below 0"),
         (["generate", "cat", "--temperature", "nan"], "temperature is nan"),
         (["generate", "cat", "--top-k", "0"], "top_k 0"),
+        (["generate", "cat", "--stages", "4"], "--stages is 4: these weights have 1 to"),
+        (["generate", "cat", "--style", "cubist"], "unknown style 'cubist'"),
         (["generate", "cat", "--out", "file"], "cannot write into file (it is a file)"),
         (["generate", "cat", "--out", "file/folder"], "cannot write into file/folder"),
         (["generate", "cat", "--out", "x" * 300], "choose another folder with --out"),
@@ -243,6 +245,17 @@ def test_edit_refuses(tiny: list[str], options: list[str], message: str, capsys:
     status, out, err = run(capsys, "edit", "cat", "photo.png", *options, "--out", "new", *tiny)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err
     assert not Path("new").exists()
+
+
+def test_vary_and_outpaint(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (9, 7), (90, 0, 0)).save("photo.png")
+    result = run_json(capsys, "vary", "cat", "photo.png", "--share", "0.3", "--n", "2", "--out", "new", *tiny)
+    assert result["files"] == [str(Path("new") / f"cat_vary_{i}.png") for i in range(2)]
+    options = ["--margins", "2", "0", "3", "4", "--n", "1", "--out", "new", *tiny]
+    (file,) = run_json(capsys, "outpaint", "cat", "photo.png", *options)["files"]
+    assert Image.open(file).size == (13, 12) and Image.open(file).getpixel((8, 8)) == (90, 0, 0)
+    status, out, err = run(capsys, "vary", "cat", "photo.png", "--share", "2", *tiny)
+    assert (status, out) == (2, "") and "share is 2" in err
 
 
 # --- evaluate, train, info

@@ -1,0 +1,71 @@
+"""The original's style recipes: words behind the text, and how freely tokens are drawn.
+
+The idea: captions of the original's training pictures ended in words such as "oil painting style", so the same words
+behind a text ask for that look. The recipes are data from its text-to-image program; weights that never saw these
+words, such as the toy's, do not know them. CogView2's released code, ``cogview2_text2image.py``.
+
+Different on purpose: two of the recipes' temperatures never reach the original's super-resolution stages, and the
+iterative stage's top-k is overwritten by its schedule; they are left out here.
+
+Example:
+    >>> STYLES["oil"].text("a cat")
+    'a cat 油画风格'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from minicogview.errors import MiniCogViewError
+from minicogview.pipeline import CogView2
+
+
+@dataclass(frozen=True)
+class Style:
+    """Attributes: suffix, put behind a text; what differs in the samplers of the first and of the direct stage."""
+
+    suffix: str
+    sampling: dict[str, Any] = field(default_factory=dict)
+    direct: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, text: str) -> str:
+        """The text with the style's words behind it."""
+        return f"{text} {self.suffix}".strip()
+
+    def model(self, model: CogView2) -> CogView2:
+        """The same weights with the style's settings of both samplers."""
+        sharpener = model.sharpener
+        if sharpener is not None:
+            sampling = dataclasses.replace(sharpener.preset.direct_sampling, **self.direct)
+            preset = dataclasses.replace(sharpener.preset, direct_sampling=sampling)
+            sharpener = dataclasses.replace(sharpener, preset=preset)
+        return dataclasses.replace(model, sampling=model.settings(self.sampling), sharpener=sharpener)
+
+
+_FLAT = {"top_k": 5, "cluster_temperature": 0.4}
+
+STYLES: dict[str, Style] = {
+    "none": Style(""),
+    "mainbody": Style("高清摄影 隔绝"),  # sharp photograph, isolated; the original's default for new pictures
+    "photo": Style("高清摄影"),
+    "flat": Style("平面风格", {"temperature": 1.1}, _FLAT),
+    "comics": Style("漫画 隔绝", {"temperature": 1.1}, _FLAT),
+    "oil": Style("油画风格"),
+    "sketch": Style("素描风格", {"temperature": 1.1}),
+    "isometric": Style("等距矢量图", {"temperature": 1.1}),
+    "chinese": Style("水墨国画", {"temperature": 1.12}),  # ink painting
+    "watercolor": Style("水彩画风格"),
+}
+
+
+def get_style(name: str) -> Style:
+    """The style of this name.
+
+    Raises:
+        MiniCogViewError: if there is none of that name; the message lists them.
+    """
+    if name not in STYLES:
+        raise MiniCogViewError(f"unknown style {name!r}: choose one of {', '.join(STYLES)}")
+    return STYLES[name]
