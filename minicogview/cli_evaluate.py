@@ -17,6 +17,7 @@ def retrieval(
     template: bool = False,
     limit: OptionalInt = None,
     seed: int = 0,
+    stages: Literal[1, 2, 3] = 1,
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
@@ -28,9 +29,10 @@ def retrieval(
         template: put each name into a sentence, such as "a picture of ...".
         limit: judge a fixed random choice of so many names; all if not given.
         seed: picture i is drawn with seed + i.
+        stages: judge the coarse picture (1), or after direct super-resolution (2), or after LoPAR (3).
         json: print n, top1, top5 and same_tone (shares from 0 to 1; null where no picture has a tone) as JSON.
     """
-    return show(judge(source, json).retrieval(split, lang, seed, template, limit), json)
+    return show(judge(source, json).retrieval(split, lang, seed, template, limit, stages), json)
 
 
 def captioning(
@@ -105,6 +107,7 @@ def sharpness(
     lang: Language = "en",
     limit: int = 60,
     seed: int = 0,
+    fid: bool = False,
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
@@ -115,14 +118,17 @@ def sharpness(
         lang: language of the names.
         limit: judge a fixed random choice of so many pictures.
         seed: picture i is drawn with seed + i.
-        json: print n, psnr (dB) and ssim of bicubic, direct and lopar as JSON.
+        fid: the Frechet distance of the picture tokenizer's features too; needs the extra "evaluate".
+        json: print n, psnr (dB), ssim (and fid) of bicubic, direct and lopar as JSON.
     """
     model = source.load()
+    from minicogview.sharpening import MISSING
+
     if model.sharpener is None:
-        raise MiniCogViewError("these weights draw coarse pictures only: there is no direct.safetensors beside them")
+        raise MiniCogViewError(MISSING)
     from minicogview.evaluate import sharpness as judge_sharpness
 
-    return show(judge_sharpness(model.sharpener, model.tokenizer, split, lang, limit, seed), json)
+    return show(judge_sharpness(model.sharpener, model.tokenizer, split, lang, limit, seed, fid), json)
 
 
 def tokenizer(

@@ -221,8 +221,8 @@ PRESETS: dict[str, Preset] = {
         fine={
             "direct_text": 48,
             "fine_start": "enlarged",
-            "direct_sampling": SamplingConfig(temperature=0.1, top_k=16, n_clusters=64),
-            "iterative_temperature": 0.1,
+            "direct_sampling": SamplingConfig(temperature=0.0, n_clusters=0),
+            "iterative_temperature": 0.0,
         },
         n_layers=5,
         d_model=256,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import Emoji, indices, load_emoji, render
 from minicogview.errors import MiniCogViewError
+from minicogview.fid import frechet_distance
 from minicogview.metrics import psnr, ssim
 from minicogview.pipeline import CogView2
-from minicogview.sharpening import Sharpener
+from minicogview.sharpening import MISSING, Sharpener
 from minicogview.tokenizer import Tokenizer
 from minicogview.vqvae import VQVAE
 
@@ -87,22 +89,62 @@ class Judge:
             result[rows] = drawn.tokens.cpu()
         return result
 
-    def ranks(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def fine_gallery(self) -> Tensor:
+        """What the fine codes of all emoji can show, in as few pixels as the coarse pictures: (N, 3, H, W)."""
+        preset = self.sharpener.preset
+        pictures = emoji_pictures(preset.fine_pixels, self.progress)
+        fine = encode_all(self.vqvae, pictures, self.level, batch_size=16)
+        return self.shrunk(fine)
+
+    @property
+    def sharpener(self) -> Sharpener:
+        """Both super-resolution stages; an error where there are none."""
+        if self.model.sharpener is None:
+            raise MiniCogViewError(MISSING)
+        return self.model.sharpener
+
+    def shrunk(self, fine: Tensor) -> Tensor:
+        """Fine codes (M, F) decoded, and every ``factor`` x ``factor`` pixels averaged: (M, 3, H, W)."""
+        factor = self.sharpener.preset.fine_factor
+        parts = [decode_all(self.vqvae, part, self.level, batch_size=16) for part in fine.split(64)]
+        return torch.cat([F.avg_pool2d(part, factor) for part in parts])
+
+    @torch.no_grad()
+    def sharpen(self, texts: list[str], coarse: Tensor, seed: int, stages: int) -> Tensor:
+        """Drawn pictures (M, n) through the stages after the first: (M, F) codes."""
+        sharpener, ids, fine = self.sharpener, [self.model.encode(text) for text in texts], []
+        rows = torch.arange(len(ids)).split(16)
+        for part in tqdm(rows, desc="sharpening", disable=not self.progress):
+            some, seeds = [ids[i] for i in part], [seed + int(i) for i in part]
+            codes = sharpener.draft(some, coarse[part], seeds)
+            fine.append(sharpener.refine(some, codes, seeds)[-1] if stages > 2 else codes)
+        return torch.cat(fine).cpu()
+
+    def ranks(self, drawn: Tensor, targets: Tensor, gallery: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rank of the wanted picture (0 = nearest), and the row of the nearest one.
 
         Args:
-            codes: (M, n) drawn pictures. targets: (M,) wanted rows of the gallery.
+            drawn: (M, n) codes, or pictures (M, 3, H, W). targets: (M,) wanted rows of the gallery.
+            gallery: (N, 3, H, W); None: the decoded coarse pictures.
 
         A picture as near as the wanted one does not push it back: identical drawings count as the same.
         """
-        drawn = decode_all(self.vqvae, codes, self.level).flatten(1)
+        pictures = decode_all(self.vqvae, drawn, self.level) if drawn.ndim == 2 else drawn
+        gallery = self.gallery if gallery is None else gallery
         exact = "donot_use_mm_for_euclid_dist"  # products round so much that identical drawings would differ
-        distances = torch.cdist(drawn, self.gallery.flatten(1), compute_mode=exact)  # (M, N)
+        distances = torch.cdist(pictures.flatten(1), gallery.flatten(1), compute_mode=exact)  # (M, N)
         wanted = distances.gather(1, targets[:, None])
         return (distances < wanted - 1e-4).sum(1), distances.argmin(1)
 
     def retrieval(
-        self, split: str, lang: str, seed: int = 0, template: bool = False, limit: int | None = None
+        self,
+        split: str,
+        lang: str,
+        seed: int = 0,
+        template: bool = False,
+        limit: int | None = None,
+        stages: int = 1,
     ) -> dict[str, float]:
         """Draw every name of a split once and look for it among all emoji.
 
@@ -110,6 +152,8 @@ class Judge:
             split: see ``load_emoji``. lang: "en" or "zh".
             template: put each name into a template drawn from ``captions.TEMPLATES``.
             limit: judge a fixed random subset of this size.
+            stages: 1: coarse pictures; 2 and 3: sharpened ones, among the decoded fine codes of all emoji, both shrunk
+                to the coarse pictures' pixels.
 
         Returns:
             ``n``; ``top1`` and ``top5``, shares in 0..1; ``same_tone``, the share of pictures with a skin tone
@@ -118,7 +162,12 @@ class Judge:
         rng = random.Random(0)
         asked = load_emoji(split) if limit is None else _some(split, limit, rng)
         texts = [self._text(emoji, lang, template, rng) for emoji in asked]
-        ranks, nearest = self.ranks(self.draw(texts, seed), torch.from_numpy(indices(asked)))
+        drawn, targets = self.draw(texts, seed), torch.from_numpy(indices(asked))
+        if stages == 1:
+            ranks, nearest = self.ranks(drawn, targets)
+        else:
+            sharp = self.shrunk(self.sharpen(texts, drawn, seed, stages))
+            ranks, nearest = self.ranks(sharp, targets, self.fine_gallery)
         toned = [self.emoji[row].tone == e.tone for row, e in zip(nearest.tolist(), asked, strict=True) if e.tone]
         return {
             "n": len(asked),
@@ -208,15 +257,24 @@ class Judge:
 
 @torch.no_grad()
 def sharpness(
-    sharpener: Sharpener, tokenizer: Tokenizer, split: str, lang: str, limit: int = 60, seed: int = 0
+    sharpener: Sharpener,
+    tokenizer: Tokenizer,
+    split: str,
+    lang: str,
+    limit: int = 60,
+    seed: int = 0,
+    fid: bool = False,
 ) -> dict[str, float]:
     """How close super-resolution comes to the true fine tokens, beside enlarging the coarse picture bicubically.
 
     Starts from the true coarse tokens of some pictures and compares with the decoded true fine tokens. Characters that
     super-resolution never saw are judged under the split "tokenizer_heldout" alone.
 
+    Args:
+        fid: measure ``fid.frechet_distance`` too, which needs torchmetrics.
+
     Returns:
-        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, for ``bicubic``, ``direct`` and,
+        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, and ``fid_...`` for ``bicubic``, ``direct`` and,
         where there is an iterative model, ``lopar``.
     """
     vqvae, preset = sharpener.vqvae, sharpener.preset
@@ -240,6 +298,8 @@ def sharpness(
     for name, pictures in results.items():
         numbers[f"psnr_{name}"] = float(psnr(pictures, true).mean())
         numbers[f"ssim_{name}"] = float(ssim(pictures, true).mean())
+        if fid:
+            numbers[f"fid_{name}"] = frechet_distance(vqvae, true, pictures, preset.level)
     return numbers
 
 

@@ -1,6 +1,8 @@
-// The browser's half of painter.py. The mask lives in the opacity of one ImageData of the picture's own size: what is
-// seen is what is sent. Strokes are rasterised here and not by the canvas, whose soft edges leave half-painted pixels.
-const COLOUR = [213, 94, 0]; // vermilion of the Okabe-Ito palette, which colour-blind readers can tell from others
+// The browser's half of painter.py. The mask lives in one ImageData of the picture's own size: what is seen is what is
+// sent. Strokes are rasterised here and not by the canvas, whose soft edges leave half-painted pixels.
+
+// Opacity, blue, green, red in one number: vermilion of the Okabe-Ito palette, which colour-blind readers can tell.
+const PAINT = 0xff005ed5;
 
 function make(tag, name, parent, more = {}) {
   const element = Object.assign(document.createElement(tag), { className: name, ...more });
@@ -30,14 +32,15 @@ function render({ model, el }) {
   const eraseLabel = make("label", "", tools);
   const erase = make("input", "mcv-erase", eraseLabel, { type: "checkbox" });
   eraseLabel.append(" erase");
-  const clear = make("button", "mcv-clear", tools, { type: "button", textContent: "clear" });
+  const clear = make("button", "mcv-clear jupyter-button", tools, { type: "button", textContent: "clear" });
 
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
+  const words = new Uint32Array(pixels.data.buffer); // a pixel is one number: PAINT, or 0 where nothing is painted
   let last = null; // where the stroke that is being painted was seen last
 
-  function fill(opacityOf) {
-    for (let i = 0; i < width * height; i++) pixels.data.set([...COLOUR, opacityOf(i)], 4 * i);
+  function fill(isPainted) {
+    for (let i = 0; i < words.length; i++) words[i] = isPainted(i) ? PAINT : 0;
     context.putImageData(pixels, 0, 0);
   }
 
@@ -46,12 +49,12 @@ function render({ model, el }) {
     if (last) return; // an older mask that comes back now must not wipe out the stroke under the pointer
     const bits = model.get("bits"); // a DataView; empty: nothing is painted
     const known = bits && bits.byteLength === Math.ceil((width * height) / 8);
-    fill((i) => (known && bits.getUint8(i >> 3) & (128 >> (i & 7)) ? 255 : 0));
+    fill((i) => known && bits.getUint8(i >> 3) & (128 >> (i & 7)));
   }
 
   function send() {
     const bits = new Uint8Array(Math.ceil((width * height) / 8));
-    for (let i = 0; i < width * height; i++) if (pixels.data[4 * i + 3]) bits[i >> 3] |= 128 >> (i & 7);
+    for (let i = 0; i < words.length; i++) if (words[i]) bits[i >> 3] |= 128 >> (i & 7);
     model.set("bits", new DataView(bits.buffer));
     model.save_changes();
   }
@@ -69,9 +72,9 @@ function render({ model, el }) {
       for (let x = left; x < right; x++) {
         const [px, py] = [x + 0.5 - x0, y + 0.5 - y0];
         const part = Math.min(1, Math.max(0, (px * dx + py * dy) / long));
-        const near = Math.hypot(px - part * dx, py - part * dy) <= radius;
+        const near = Math.hypot(px - part * dx, py - part * dy) < radius;
         const under = x === Math.floor(x1) && y === Math.floor(y1);
-        if (near || under) pixels.data[4 * (y * width + x) + 3] = erase.checked ? 0 : 255;
+        if (near || under) words[y * width + x] = erase.checked ? 0 : PAINT;
       }
     }
     if (right > left && bottom > top) context.putImageData(pixels, 0, 0, left, top, right - left, bottom - top);
@@ -107,7 +110,7 @@ function render({ model, el }) {
   }
   canvas.addEventListener("pointerleave", () => (ring.style.display = "none"));
   clear.addEventListener("click", () => {
-    fill(() => 0);
+    fill(() => false);
     send();
   });
   const tell = () => (number.textContent = `${brush.value} px`);

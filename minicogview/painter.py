@@ -144,7 +144,8 @@ def edit_panel(
     number = ipw.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed")
     button = ipw.Button(description="draw", button_style="primary")
     status = ipw.Label()
-    image = ipw.Image(format="png", layout=ipw.Layout(max_width="100%", display="none"))
+    as_it_is = ipw.Layout(max_width="100%", align_self="flex-start", display="none")  # a box stretches its children
+    image = ipw.Image(format="png", layout=as_it_is)
 
     def draw(_: ipw.Button) -> None:
         button.disabled = True  # presses while the model draws would queue up

@@ -27,7 +27,7 @@ from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
 
 Texts = Sequence[Sequence[int]]
-STAGES = ("coarse", "direct", "refined")
+MISSING = "these weights draw coarse pictures only: there is no direct.safetensors beside them"
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluate import Judge
+from minicogview.evaluate import Judge, sharpness
 from minicogview.pipeline import CogView2
 
 
@@ -40,6 +40,16 @@ def test_the_shipped_weights_draw_what_is_asked(judge: Judge, lang: str) -> None
     assert judge.retrieval("names", lang, limit=48)["top1"] > 0.8
     heldout = judge.retrieval("heldout", lang, limit=48)
     assert heldout["same_tone"] > 0.8 and heldout["top1"] > 0.6
+
+
+def test_sharpened_pictures_are_still_what_was_asked(judge: Judge) -> None:
+    assert judge.retrieval("names", "en", limit=12, stages=2)["top1"] > 0.7
+
+
+def test_sharpening_beats_bicubic_enlargement(judge: Judge) -> None:
+    for split in ("train", "tokenizer_heldout"):
+        numbers = sharpness(judge.sharpener, judge.tokenizer, split, "en", limit=16)
+        assert numbers["n"] == 16 and numbers["psnr_direct"] > numbers["psnr_bicubic"], split
 
 
 def test_the_same_seed_draws_the_same(judge: Judge) -> None:

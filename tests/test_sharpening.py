@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
@@ -110,3 +111,19 @@ def test_weights_of_the_first_stage_alone_draw_coarse_pictures(tmp_path: Path) -
     assert model.n_stages == 1 and model.generate("cat", n=1)[0].size == (12, 12)
     with pytest.raises(MiniCogViewError, match="stages is 2: these weights have 1 to 1"):
         model.generate("cat", stages=2)
+
+
+def test_a_photograph_keeps_every_pixel_outside_of_the_mask() -> None:
+    """The shipped weights on a photograph that comes with matplotlib: a painted mask, all stages."""
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        photo = Image.open(file).convert("RGB")
+    y, x = np.mgrid[: photo.height, : photo.width]
+    mask = (y - 420) ** 2 + (x - 300) ** 2 < 70**2
+    mask |= (abs(y - 100) < 6) & (abs(x - 220) < 90)
+    model = CogView2.from_pretrained("toy")
+    pictures = model.edit("a red apple", photo, mask, n=1)
+    before = np.array(photo)
+    for stage in (pictures.coarse, pictures.direct, pictures.refined):
+        assert stage is not None
+        after = np.array(stage[0])
+        assert np.array_equal(after[~mask], before[~mask]) and (after[mask] != before[mask]).any()
