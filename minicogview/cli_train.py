@@ -120,7 +120,7 @@ def train_iterative(
     resume: bool = True,
     json: bool = False,
 ) -> int:
-    """Train iterative super-resolution, which starts from CogLM and learns from the direct stage's results.
+    """Train iterative super-resolution, which starts from CogLM and the direct stage, and learns from its results.
 
     Args:
         preset: sizes of the model.

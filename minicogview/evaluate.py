@@ -274,8 +274,8 @@ def sharpness(
         fid: measure ``fid.frechet_distance`` too, which needs torchmetrics.
 
     Returns:
-        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, and ``fid_...`` for ``bicubic``, ``direct`` and,
-        where there is an iterative model, ``lopar``.
+        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, and ``fid_...`` for ``bicubic``,
+        ``direct`` and, where there is an iterative model, ``lopar``.
     """
     vqvae, preset = sharpener.vqvae, sharpener.preset
     unseen = "tokenizer_heldout"

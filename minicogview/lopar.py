@@ -29,6 +29,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Global, Impl, local_attention
 from minicogview.super_resolution import (
     CellSampler,
+    DirectSR,
     attend_everywhere,
     attentions,
     check_codes,
@@ -166,6 +167,13 @@ class IterativeSR(nn.Module):
             table = self.base.position_embedding.weight
             start = start_positions(table, config.coglm.layout, config.factor, config.fine_start)
             self.fine_position.weight.copy_(start)
+
+    @torch.no_grad()
+    def start_from_direct(self, direct: DirectSR) -> None:
+        """Take over what the direct stage learned about fine tokens: its attention weights and positions."""
+        self.fine_position.load_state_dict(direct.fine_position.state_dict())
+        for own, learned in zip(attentions(self.base), direct.fine_attention, strict=True):
+            own.load_state_dict(learned.state_dict())
 
     def forward(
         self,

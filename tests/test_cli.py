@@ -353,4 +353,4 @@ def test_shipped_toy_from_the_shell(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     reports = json.loads(ended.stdout)
     assert [report["text"] for report in reports] == ["a red apple", "猫脸"]
-    assert all(Image.open(tmp_path / path).size == (256, 256) for report in reports for path in report["files"])
+    assert all(Image.open(tmp_path / path).size == (288, 288) for report in reports for path in report["files"])

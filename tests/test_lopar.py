@@ -13,6 +13,7 @@ from test_super_resolution import CODES, TEXTS, tiny_config
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule, spread_order, spread_schedule
 from minicogview.sampling import Sampler
+from minicogview.super_resolution import DirectSR
 
 GRID = (12, 12)
 
@@ -120,3 +121,15 @@ def test_wrong_input_is_refused(model: IterativeSR) -> None:
         model.refine(TEXTS, fine_codes(), samplers(OFFICIAL)[:2])
     with pytest.raises(MiniCogViewError, match=r"region of shape \(4, 4\): expected \(12, 12\)"):
         model.refine(TEXTS, fine_codes(), samplers(OFFICIAL), region=torch.ones(4, 4))
+
+
+def test_the_direct_stages_attention_can_be_taken_over(model: IterativeSR) -> None:
+    torch.manual_seed(1)
+    direct = DirectSR(tiny_config())
+    mlp = model.base.layers[0].mlp.state_dict()
+    model.start_from_direct(direct)
+    assert torch.equal(model.fine_position.weight, direct.fine_position.weight)
+    for layer, own in zip(model.base.layers, direct.fine_attention, strict=True):
+        assert torch.equal(layer.attention.qkv.weight, own.qkv.weight)
+        assert layer.attention.qkv.weight is not own.qkv.weight
+    assert all(torch.equal(value, mlp[name]) for name, value in model.base.layers[0].mlp.state_dict().items())

@@ -10,7 +10,15 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-STEMS = ("00_quickstart", "01_tokenizer", "02_transformer", "03_masking", "04_coglm", "05_sampling")
+STEMS = (
+    "00_quickstart",
+    "01_tokenizer",
+    "02_transformer",
+    "03_masking",
+    "04_coglm",
+    "05_sampling",
+    "07_super_resolution",
+)
 
 
 def cells(path: Path, kind: str) -> list[dict]:

@@ -294,7 +294,7 @@ def test_cluster_labels_beside_the_weights_are_used(folder: Path, tmp_path: Path
 def test_shipped_toy_draws_a_red_apple_and_knows_it() -> None:
     model = CogView2.from_pretrained("toy")
     pictures = model.generate("a red apple", n=2, seed=0)
-    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert [picture.size for picture in pictures] == [(96, 96)] * 2
     for picture in pictures:
         pixels = np.array(picture).reshape(-1, 3).astype(float)
         red, green, blue = pixels[pixels.min(1) < 200].mean(0)  # what is not white

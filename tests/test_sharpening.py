@@ -123,7 +123,8 @@ def test_a_photograph_keeps_every_pixel_outside_of_the_mask() -> None:
     model = CogView2.from_pretrained("toy")
     pictures = model.edit("a red apple", photo, mask, n=1)
     before = np.array(photo)
-    for stage in (pictures.coarse, pictures.direct, pictures.refined):
-        assert stage is not None
+    stages = [stage for stage in (pictures.coarse, pictures.direct, pictures.refined) if stage is not None]
+    assert len(stages) == model.n_stages > 1
+    for stage in stages:
         after = np.array(stage[0])
         assert np.array_equal(after[~mask], before[~mask]) and (after[mask] != before[mask]).any()

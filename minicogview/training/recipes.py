@@ -178,7 +178,9 @@ def train_iterative(
     judge_every: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train iterative super-resolution, starting from CogLM's weights, and write ``out/iterative.safetensors``.
+    """Train iterative super-resolution and write ``out/iterative.safetensors``.
+
+    It starts from CogLM's weights, with the attention and the positions of the finished direct stage.
 
     Args:
         weights: as for ``train_direct``, and ``direct.safetensors``: the model learns from that one's results.
@@ -188,6 +190,7 @@ def train_iterative(
     vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
     base, shared = (load_coglm(weights / "coglm.safetensors").transformer for _ in range(2))
     direct, model = load_direct(weights / "direct.safetensors", shared), IterativeSR(preset.iterative, base)
+    model.start_from_direct(direct)
     pairs, sharpener = emoji_pairs(preset, vqvae, tokenizer), Sharpener(vqvae, preset, direct, model)
     objective = IterativeObjective(
         model,
