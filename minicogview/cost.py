@@ -55,7 +55,7 @@ def sharpen_flops(config: SuperResolutionConfig, kind: type[DirectSR] | type[Ite
 
     def of_layers(n_layers: int) -> int:
         model = kind(replace(config, coglm=_of_depth(config.coglm, n_layers)))
-        return count_flops(lambda: model.base.logits(model([[0] * text_tokens], codes.cpu(), fine.cpu())[1], n_codes))
+        return count_flops(lambda: model.base.logits(model([[0] * text_tokens], codes, fine)[1], n_codes))
 
     return _all_layers(of_layers, config.coglm)
 

@@ -25,7 +25,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.fid import frechet_distance
 from minicogview.metrics import psnr, ssim
 from minicogview.pipeline import CogView2
-from minicogview.sharpening import MISSING, Sharpener
+from minicogview.sharpening import MISSING, Sharpener, Texts
 from minicogview.tokenizer import Tokenizer
 from minicogview.vqvae import VQVAE
 
@@ -49,6 +49,22 @@ def encode_pairs(vqvae: VQVAE, preset: Preset, rows: Tensor, progress: bool = Tr
         for size in (preset.coarse_pixels, preset.fine_pixels)
     )
     return coarse, fine
+
+
+def sharpen_all(
+    sharpener: Sharpener, texts: Texts, coarse: Tensor, seed: int, stages: int, progress: bool = False
+) -> list[Tensor]:
+    """Many coarse pictures (N, n) through the stages up to ``stages``: codes (N, F) after stage 2, and after stage 3.
+
+    Picture i is drawn with ``seed + i``.
+    """
+    after: list[list[Tensor]] = [[] for _ in range(stages - 1)]
+    for part in tqdm(torch.arange(len(texts)).split(16), desc="sharpening", disable=not progress):
+        some, seeds = [texts[i] for i in part], [seed + int(i) for i in part]
+        after[0].append(sharpener.draft(some, coarse[part], seeds).cpu())
+        if stages > 2:
+            after[1].append(sharpener.refine(some, after[0][-1], seeds)[-1].cpu())
+    return [torch.cat(codes) for codes in after]
 
 
 @torch.no_grad()
@@ -110,17 +126,6 @@ class Judge:
         parts = [decode_all(self.vqvae, part, self.level, batch_size=16) for part in fine.split(64)]
         return torch.cat([F.avg_pool2d(part, factor) for part in parts])
 
-    @torch.no_grad()
-    def sharpen(self, texts: list[str], coarse: Tensor, seed: int, stages: int) -> Tensor:
-        """Drawn pictures (M, n) through the stages after the first: (M, F) codes."""
-        sharpener, ids, fine = self.sharpener, [self.model.encode(text) for text in texts], []
-        rows = torch.arange(len(ids)).split(16)
-        for part in tqdm(rows, desc="sharpening", disable=not self.progress):
-            some, seeds = [ids[i] for i in part], [seed + int(i) for i in part]
-            codes = sharpener.draft(some, coarse[part], seeds)
-            fine.append(sharpener.refine(some, codes, seeds)[-1] if stages > 2 else codes)
-        return torch.cat(fine).cpu()
-
     def ranks(self, drawn: Tensor, targets: Tensor, gallery: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rank of the wanted picture (0 = nearest), and the row of the nearest one.
 
@@ -166,8 +171,9 @@ class Judge:
         if stages == 1:
             ranks, nearest = self.ranks(drawn, targets)
         else:
-            sharp = self.shrunk(self.sharpen(texts, drawn, seed, stages))
-            ranks, nearest = self.ranks(sharp, targets, self.fine_gallery)
+            ids = [self.model.encode(text) for text in texts]
+            fine = sharpen_all(self.sharpener, ids, drawn, seed, stages, self.progress)[-1]
+            ranks, nearest = self.ranks(self.shrunk(fine), targets, self.fine_gallery)
         toned = [self.emoji[row].tone == e.tone for row, e in zip(nearest.tolist(), asked, strict=True) if e.tone]
         return {
             "n": len(asked),
@@ -285,15 +291,9 @@ def sharpness(
     blurred = decode_all(vqvae, coarse, preset.level)
     results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}
     names = [tokenizer.encode(captions.name(emoji, lang)) for emoji in asked]
-    drafts, refined = [], []
-    for part in torch.arange(len(asked)).split(16):
-        texts, seeds = [names[i] for i in part], [seed + int(i) for i in part]
-        drafts.append(sharpener.draft(texts, coarse[part], seeds))
-        if sharpener.iterative is not None:
-            refined.append(sharpener.refine(texts, drafts[-1], seeds)[-1])
-    results["direct"] = decode_all(vqvae, torch.cat(drafts), preset.level, batch_size=16)
-    if refined:
-        results["lopar"] = decode_all(vqvae, torch.cat(refined), preset.level, batch_size=16)
+    sharpened = sharpen_all(sharpener, names, coarse, seed, sharpener.n_stages)
+    for name, codes in zip(("direct", "lopar"), sharpened):
+        results[name] = decode_all(vqvae, codes, preset.level, batch_size=16)
     numbers: dict[str, float] = {"n": len(asked)}
     for name, pictures in results.items():
         numbers[f"psnr_{name}"] = float(psnr(pictures, true).mean())

@@ -211,6 +211,13 @@ class IterativeSR(nn.Module):
 
         return run_levels(base, text, cells, attend, record)
 
+    def check(self, fine: Tensor, region: Tensor | None) -> None:
+        """Raise MiniCogViewError unless ``fine`` is (B, F) codes, and ``region`` None or (rows, columns)."""
+        grid = self.config.fine_grid
+        check_codes(fine, grid[0] * grid[1], self.config.coglm.n_codes, "fine")
+        if region is not None and tuple(region.shape) != grid:
+            raise MiniCogViewError(f"region of shape {tuple(region.shape)}: expected {grid}, one entry for each token")
+
     @torch.no_grad()
     def refine(
         self,
@@ -234,11 +241,9 @@ class IterativeSR(nn.Module):
             MiniCogViewError: if ``fine`` or ``region`` has another shape, or there is not one sampler for each round.
         """
         grid, ids, n_codes = self.config.fine_grid, self.config.coglm.ids, self.config.coglm.n_codes
-        check_codes(fine, grid[0] * grid[1], n_codes, "fine")
+        self.check(fine, region)
         if len(samplers) != schedule.n_rounds:
             raise MiniCogViewError(f"{len(samplers)} samplers for {schedule.n_rounds} rounds: give one for each")
-        if region is not None and tuple(region.shape) != grid:
-            raise MiniCogViewError(f"region of shape {tuple(region.shape)}: expected {grid}, one entry for each token")
         fine, rounds = fine.to(self.base.token_embedding.weight.device), []
         for round, sampler in enumerate(samplers, 1):
             masked = schedule.masked(round, grid)

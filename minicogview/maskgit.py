@@ -25,7 +25,7 @@ from torch import Tensor
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.sampling import uniforms
-from minicogview.super_resolution import CellSampler, check_codes
+from minicogview.super_resolution import CellSampler
 
 
 def cosine_counts(n_cells: int, n_rounds: int) -> list[int]:
@@ -110,10 +110,7 @@ def refine_by_confidence(
         MiniCogViewError: if ``fine`` or ``region`` has another shape, there is no sampler, ``choice_temperature`` is
             below 0, or there is not one seed for each row.
     """
-    grid, ids, n_codes = model.config.fine_grid, model.config.coglm.ids, model.config.coglm.n_codes
-    check_codes(fine, grid[0] * grid[1], n_codes, "fine")
-    if region is not None and tuple(region.shape) != grid:
-        raise MiniCogViewError(f"region of shape {tuple(region.shape)}: expected {grid}, one entry for each token")
+    model.check(fine, region)
     if not samplers or choice_temperature < 0:
         what = f"{len(samplers)} samplers, choice_temperature {choice_temperature}"
         raise MiniCogViewError(f"{what}: give at least one sampler, one for each round, and a temperature from 0")
@@ -123,7 +120,7 @@ def refine_by_confidence(
 
     draft = fine = fine.to(model.base.token_embedding.weight.device)
     noise = choice_temperature * gumbel(seeds, len(samplers), fine.shape[1]).to(fine.device)  # (B, T, F)
-    allowed = torch.ones(grid, dtype=torch.bool) if region is None else region.cpu().bool()
+    allowed = torch.ones(model.config.fine_grid, dtype=torch.bool) if region is None else region.cpu().bool()
     masked = allowed.flatten().expand(len(fine), -1).to(fine.device)  # (B, F)
     counts = cosine_counts(int(allowed.sum()), len(samplers))
     confidence, rounds = torch.zeros(masked.shape, device=fine.device), []
@@ -132,7 +129,7 @@ def refine_by_confidence(
             cooled = noise[:, round] * (1 - round / len(samplers))
             masked = least_sure(confidence + cooled, masked, n)
         if n > 0:
-            _, hidden = model(texts, fine.masked_fill(masked, ids.boi), draft)
+            _, hidden = model(texts, fine.masked_fill(masked, model.config.coglm.ids.boi), draft)
             codes, confidence = guess(model, hidden, masked, sampler)
             fine = torch.where(masked, codes, fine)
         rounds.append(fine)

@@ -13,7 +13,6 @@ Shapes: a picture has H x W pixels, and its mask H * W bits in ceil(H * W / 8) b
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import anywidget
@@ -25,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import contact_sheet, scale_to
+from minicogview.pictures import contact_sheet, png, scale_to
 from minicogview.pipeline import CogView2
-from minicogview.tokenizer import open_picture, upright
+from minicogview.tokenizer import to_image
 
 SMALL, LARGE = 256, 512  # pixels on the screen: smaller pictures are enlarged, larger ones are shrunk
 CSS = """
@@ -52,12 +51,6 @@ def zoom_of(height: int, width: int) -> float:
     """
     side = max(height, width)
     return min(float(scale_to(side, SMALL)), LARGE / side)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 class MaskPainter(anywidget.AnyWidget):
@@ -91,11 +84,11 @@ class MaskPainter(anywidget.AnyWidget):
         Raises:
             MiniCogViewError: if the file is missing or no picture.
         """
-        image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
+        image = to_image(picture)
         shown = image.copy()
         shown.thumbnail((2 * LARGE, 2 * LARGE))  # twice as fine as it is shown, for screens with dense pixels
         size = image.height, image.width
-        super().__init__(size=size, zoom=zoom_of(*size), png=_png(shown))
+        super().__init__(size=size, zoom=zoom_of(*size), png=png(shown))
         self.picture = image
 
     @property
@@ -152,7 +145,7 @@ def edit_panel(
         status.value = "drawing ..."
         try:
             drawn = list(model.edit(words.value, painter.picture, painter.mask, n=n, seed=number.value))
-            image.value = _png(contact_sheet([drawn], max(1, int(painter.zoom))))
+            image.value = png(contact_sheet([drawn], max(1, int(painter.zoom))))
             image.layout.display = None
             status.value = f"drawn with seed {number.value}"
         except MiniCogViewError as error:

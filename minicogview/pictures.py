@@ -73,9 +73,14 @@ class Pictures:
         return contact_sheet([self.images], scale or scale_to(self.images[0].width, VISIBLE))
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.sheet().save(buffer, format="PNG")
-        return buffer.getvalue()
+        return png(self.sheet())
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def scale_to(side: int, pixels: int) -> int:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from minicogview.checkpoint import load_coglm, load_vqvae
@@ -35,7 +34,7 @@ from minicogview.loading import check_fit, find_folder, preset_of
 from minicogview.pictures import Pictures
 from minicogview.sampling import Clusters, Sampler, check, cluster_codebook, load_labels
 from minicogview.sharpening import Sharpener, load_sharpener
-from minicogview.tokenizer import Picture, Tokenizer, open_picture, to_pil, to_tensor, upright
+from minicogview.tokenizer import Picture, Tokenizer, to_image
 from minicogview.vqvae import VQVAE
 
 BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn ...
@@ -282,10 +281,7 @@ class CogView2:
         Raises:
             MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing.
         """
-        if isinstance(picture, Tensor):
-            image = to_pil(to_tensor(picture))
-        else:
-            image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
+        image = to_image(picture)
         chosen = to_mask(mask, (image.height, image.width))
         top, left, bottom, right = box = crop_box(chosen, least=self.grid)
         stages, cut, hole = self._stages(stages), image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
@@ -296,10 +292,10 @@ class CogView2:
             drawn = self.sharpen(drawn, stages, keep=(own.cpu(), token_region(hole, side)))
         pasted: dict[str, Any] = {
             name: [paste(image, patch, box, chosen) for patch in patches]
-            for name in ("images", "coarse", "direct", "refined")
+            for name in ("coarse", "direct", "refined")
             if (patches := getattr(drawn, name)) is not None
         }
-        return dataclasses.replace(drawn, **pasted)
+        return dataclasses.replace(drawn, images=list(pasted.values())[-1], **pasted)
 
     def sharpen(
         self,

@@ -264,10 +264,17 @@ def to_tensor(picture: Picture) -> Tensor:
         if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
             raise MiniCogViewError(f"picture tensor has shape {tuple(picture.shape)}: give (3, H, W)")
         return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
-    image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture)).convert("RGBA")
+    image = to_image(picture).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return rearrange(flat, "(h w c) -> c h w", h=image.height, w=image.width).float() / 255
+
+
+def to_image(picture: Picture) -> Image.Image:
+    """A file, a PIL image or a tensor (3, H, W) as an upright PIL image, RGB or RGBA; raises as ``to_tensor`` does."""
+    if isinstance(picture, Tensor):
+        return to_pil(to_tensor(picture))
+    return upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ from torch import Tensor
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import Pictures
 from minicogview.pipeline import CogView2
-from minicogview.tokenizer import Picture, open_picture, to_pil, to_tensor, upright
+from minicogview.tokenizer import Picture, to_image
 
 
 def random_region(grid: int, share: float, seed: int) -> Tensor:
@@ -74,10 +74,7 @@ def outpaint(
     top, left, bottom, right = margins
     if min(margins) < 0 or max(margins) == 0:
         raise MiniCogViewError(f"margins are {margins}: give pixels to add at top, left, bottom and right, not only 0")
-    if isinstance(picture, Tensor):
-        image = to_pil(to_tensor(picture))
-    else:
-        image = upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
+    image = to_image(picture)
     # Outside of it the picture's edge goes on, so that the cut-out's own codes have nothing strange beside the hole.
     pixels = np.pad(np.array(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = torch.ones(pixels.shape[:2], dtype=torch.bool)

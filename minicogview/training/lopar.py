@@ -83,11 +83,12 @@ class IterativeObjective:
 
     def before(self, rows: Tensor, rng: np.random.Generator) -> Tensor | None:
         """Pictures as they may come in: (B, F) codes of the direct stage or of the enlarged coarse picture."""
-        start = self.pairs.start
-        if self.drafts is None or start is None:
-            return self.drafts[rows] if self.drafts is not None else None if start is None else start[rows]
+        drafts, start = self.drafts, self.pairs.start
+        if drafts is None or start is None:
+            only = start if drafts is None else drafts
+            return None if only is None else only[rows]
         direct = torch.from_numpy(rng.random((len(rows), 1)) < 0.7)
-        return torch.where(direct, self.drafts[rows], start[rows])
+        return torch.where(direct, drafts[rows], start[rows])
 
     def validate(self) -> dict[str, float]:
         """Whatever was handed in to judge the model by; nothing by default."""

@@ -18,7 +18,7 @@ from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluate import Judge, emoji_pictures, encode_all, encode_pairs, sharpness
+from minicogview.evaluate import Judge, emoji_pictures, encode_all, encode_pairs, sharpen_all, sharpness
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.sharpening import Sharpener
@@ -158,15 +158,12 @@ def train_direct(
     return summary
 
 
-def make_drafts(sharpener: Sharpener, pairs: Pairs, batch: int = 16) -> Tensor:
+def make_drafts(sharpener: Sharpener, pairs: Pairs) -> Tensor:
     """What the direct stage makes of every training picture: (N, F) codes, for the iterative one to learn from."""
-    drafts = []
-    for rows in torch.arange(len(pairs.coarse)).split(batch):
-        rngs = [random.Random(int(row)) for row in rows]
-        said = [pairs.describe(int(row), rng.choice(LANGUAGES), rng) for row, rng in zip(rows, rngs, strict=True)]
-        texts = [pairs.tokenizer.encode(words) for words in said]
-        drafts.append(sharpener.draft(texts, pairs.coarse[rows], rows.tolist()))
-    return torch.cat(drafts)
+    rngs = [random.Random(row) for row in range(len(pairs.coarse))]
+    said = [pairs.describe(row, rng.choice(LANGUAGES), rng) for row, rng in enumerate(rngs)]
+    texts = [pairs.tokenizer.encode(words) for words in said]
+    return sharpen_all(sharpener, texts, pairs.coarse, seed=0, stages=2)[0]
 
 
 def train_iterative(
