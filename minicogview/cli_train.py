@@ -71,10 +71,11 @@ def train_direct(
     preset: str = "toy",
     weights: OptionalFolder = None,
     out: Folder = Path("runs/toy"),
-    steps: int = 3300,
+    steps: int = 4200,
     lr: float = 4e-3,
     batch_size: int = 8,
     warmup: int = 100,
+    optimizer: Literal["adamw", "muon"] = "muon",
     precision: Literal["bf16", "fp32"] = "bf16",
     judge_every: OptionalInt = None,
     seed: int = 0,
@@ -92,6 +93,7 @@ def train_direct(
         lr: highest learning rate.
         batch_size: pictures in an update.
         warmup: updates until the learning rate is reached.
+        optimizer: of the matrices inside of the model; embeddings, norms and biases have adamw.
         precision: of the forward passes.
         judge_every: updates between measuring PSNR; never if not given.
         seed: of weights and batches.
@@ -102,7 +104,8 @@ def train_direct(
     from minicogview.training.recipes import train_direct as run
 
     return _train_stage(run, "direct", preset, weights, out, batch_size, seed, json, judge_every=judge_every,
-        steps=steps, lr=lr, warmup=warmup, precision=precision, device=device, resume=resume)  # fmt: skip
+        steps=steps, lr=lr, warmup=warmup, optimizer=optimizer, precision=precision, device=device,
+        resume=resume)  # fmt: skip
 
 
 def train_iterative(
@@ -113,6 +116,7 @@ def train_iterative(
     lr: float = 1.2e-3,
     batch_size: int = 8,
     warmup: int = 100,
+    optimizer: Literal["adamw", "muon"] = "muon",
     precision: Literal["bf16", "fp32"] = "bf16",
     judge_every: OptionalInt = None,
     seed: int = 0,
@@ -130,6 +134,7 @@ def train_iterative(
         lr: highest learning rate.
         batch_size: pictures in an update.
         warmup: updates until the learning rate is reached.
+        optimizer: of the matrices inside of the model; embeddings, norms and biases have adamw.
         precision: of the forward passes.
         judge_every: updates between measuring PSNR; never if not given.
         seed: of weights and batches.
@@ -140,7 +145,8 @@ def train_iterative(
     from minicogview.training.recipes import train_iterative as run
 
     return _train_stage(run, "iterative", preset, weights, out, batch_size, seed, json, judge_every=judge_every,
-        steps=steps, lr=lr, warmup=warmup, precision=precision, device=device, resume=resume)  # fmt: skip
+        steps=steps, lr=lr, warmup=warmup, optimizer=optimizer, precision=precision, device=device,
+        resume=resume)  # fmt: skip
 
 
 def _train_stage(

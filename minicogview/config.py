@@ -111,6 +111,8 @@ class SuperResolutionConfig:
     # the coarse grid's. Not in the original: "coarse", the coarse token that covers it, and that token's position;
     # "enlarged", that position, and the token that stands there when the coarse picture is enlarged bicubically.
     fine_start: FineStart = "tiled"
+    # Not in the original: direct super-resolution has norms and MLPs of its own on the fine level. Released: CogLM's.
+    own_layers: bool = False
 
     @property
     def fine_grid(self) -> tuple[int, int]:
@@ -145,9 +147,13 @@ class Preset:
     direct_text: int = 96  # text slots of direct super-resolution ...
     iterative_text: int = 16  # ... and of the iterative one, which reads the first words only
     fine_start: FineStart = "tiled"  # see SuperResolutionConfig
+    own_layers: bool = False  # likewise
     # The recipes' other temperatures (1.5 and 1.3) never reach the original's models.
     direct_sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_k=100, cluster_temperature=0.89)
     iterative_temperature: float = 1.0  # how many codes stay in play is part of LoPAR's schedule
+    # How fine tokens are chosen. "sample", as released: drawn at random. "mean": the code nearest to the mean of all,
+    # which has the least expected error and leaves nothing to chance; of the settings above, only temperatures count.
+    fine_choice: Literal["sample", "mean"] = "sample"
 
     @property
     def ids(self) -> SpecialIds:
@@ -163,7 +169,9 @@ class Preset:
     @property
     def direct(self) -> SuperResolutionConfig:
         """Everything that direct super-resolution is built from."""
-        return SuperResolutionConfig(self.coglm, self.direct_text, self.fine_factor, fine_start=self.fine_start)
+        return SuperResolutionConfig(
+            self.coglm, self.direct_text, self.fine_factor, fine_start=self.fine_start, own_layers=self.own_layers
+        )
 
     @property
     def iterative(self) -> SuperResolutionConfig:
@@ -221,8 +229,10 @@ PRESETS: dict[str, Preset] = {
         fine={
             "direct_text": 48,
             "fine_start": "enlarged",
-            "direct_sampling": SamplingConfig(temperature=0.0, n_clusters=0),
-            "iterative_temperature": 0.0,
+            "own_layers": True,
+            "direct_sampling": SamplingConfig(temperature=0.5, n_clusters=0),
+            "iterative_temperature": 0.5,
+            "fine_choice": "mean",
         },
         n_layers=5,
         d_model=256,

@@ -170,10 +170,13 @@ class IterativeSR(nn.Module):
 
     @torch.no_grad()
     def start_from_direct(self, direct: DirectSR) -> None:
-        """Take over what the direct stage learned about fine tokens: its attention weights and positions."""
+        """Take over what the direct stage learned about fine tokens: its layers, or attention alone, and positions."""
         self.fine_position.load_state_dict(direct.fine_position.state_dict())
-        for own, learned in zip(attentions(self.base), direct.fine_attention, strict=True):
-            own.load_state_dict(learned.state_dict())
+        if direct.config.own_layers:
+            self.base.layers.load_state_dict(direct.fine_layers.state_dict())
+        else:
+            for own, learned in zip(attentions(self.base.layers), direct.fine_attention, strict=True):
+                own.load_state_dict(learned.state_dict())
 
     def forward(
         self,
@@ -200,7 +203,7 @@ class IterativeSR(nn.Module):
                 raise MiniCogViewError("this model is told what stood in masked cells: give before, codes (B, F)")
             masked = (fine == config.coglm.ids.boi).to(device)
             cells = cells + base.token_embedding(before.to(device)) * masked[:, :, None]
-        n_heads, layers = config.coglm.transformer.n_heads, attentions(base)
+        n_heads, layers = config.coglm.transformer.n_heads, attentions(base.layers)
 
         def attend(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
             attention = layers[i]

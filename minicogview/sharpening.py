@@ -21,8 +21,8 @@ from torch import Tensor
 from minicogview.checkpoint import load_direct, load_iterative
 from minicogview.config import Preset, SamplingConfig
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
-from minicogview.sampling import Clusters, Sampler, cluster_codebook
-from minicogview.super_resolution import DirectSR, enlarged_codes
+from minicogview.sampling import Clusters, NearestToMean, Sampler, cluster_codebook
+from minicogview.super_resolution import CellSampler, DirectSR, enlarged_codes
 from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
 
@@ -67,9 +67,17 @@ class Sharpener:
         """Fine tokens along each side of a picture."""
         return self.direct.config.fine_grid[0]
 
+    def sampler(
+        self, seeds: Sequence[int], settings: SamplingConfig, clusters: Clusters | None = None
+    ) -> CellSampler:
+        """What chooses fine tokens, as ``preset.fine_choice`` says; picture i follows from its own seed."""
+        if self.preset.fine_choice == "mean":
+            return NearestToMean(self.vqvae.quantizer.codebook, settings.temperature)
+        return Sampler(seeds, settings, clusters, self.grid**2)
+
     def draft(self, texts: Texts, coarse: Tensor, seeds: Sequence[int]) -> Tensor:
         """The direct stage: fine codes (B, F) for coarse codes (B, n); picture i follows from its own seed."""
-        sampler = Sampler(seeds, self.preset.direct_sampling, self.clusters, self.grid**2)
+        sampler = self.sampler(seeds, self.preset.direct_sampling, self.clusters)
         start = None
         if self.direct.config.fine_start == "enlarged":
             start = enlarged_codes(self.vqvae, coarse, self.direct.config, self.preset.level)
@@ -83,7 +91,7 @@ class Sharpener:
         samplers = []
         for number, top_k in enumerate(self.schedule.top_k, 1):
             settings = SamplingConfig(temperature=self.preset.iterative_temperature, top_k=top_k)
-            samplers.append(Sampler([seed + (number << 40) for seed in seeds], settings, None, self.grid**2))
+            samplers.append(self.sampler([seed + (number << 40) for seed in seeds], settings))
         return self.iterative.refine(texts, fine, samplers, self.schedule, region)
 
 

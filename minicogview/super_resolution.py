@@ -100,18 +100,27 @@ def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)), "b n t h -> b t n h")
 
 
-def attentions(base: Transformer) -> list[Attention]:
+def attentions(layers: nn.ModuleList) -> list[Attention]:
     """The attention module of each layer."""
-    return [cast(Block, layer).attention for layer in base.layers]
+    return [cast(Block, layer).attention for layer in layers]
 
 
 def run_levels(
-    base: Transformer, low: Tensor, fine: Tensor, attend: Attend, record: Record | None = None
+    base: Transformer,
+    low: Tensor,
+    fine: Tensor,
+    attend: Attend,
+    record: Record | None = None,
+    fine_layers: nn.ModuleList | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention."""
-    for i, layer in enumerate(cast(list[Block], base.layers)):
-        to_low, to_fine = attend(i, layer.prepare(low), layer.prepare(fine))
-        low, fine = layer.finish(low, to_low), layer.finish(fine, to_fine)
+    """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention.
+
+    The fine stream goes through the norms and MLPs of ``fine_layers``, where there are any. The norm at the end is one.
+    """
+    pairs = zip(cast(list[Block], base.layers), cast(list[Block], fine_layers or base.layers), strict=True)
+    for i, (layer, fine_layer) in enumerate(pairs):
+        to_low, to_fine = attend(i, layer.prepare(low), fine_layer.prepare(fine))
+        low, fine = layer.finish(low, to_low), fine_layer.finish(fine, to_fine)
         if record is not None:
             record.hidden.append(torch.cat([low, fine], dim=1))
     return base.final_norm(low), base.final_norm(fine)
@@ -189,17 +198,23 @@ class DirectSR(nn.Module):
         sizes = config.coglm.transformer
         self.base = Transformer(sizes) if base is None else base
         self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
-        self.fine_attention = nn.ModuleList(Attention(sizes) for _ in range(sizes.n_layers))
+        if config.own_layers:
+            self.fine_layers = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layers))
+        else:
+            self.fine_attention = nn.ModuleList(Attention(sizes) for _ in range(sizes.n_layers))
         self.start_from_base()
 
     @torch.no_grad()
     def start_from_base(self) -> None:
-        """Begin as the base: copy its attention weights and positions."""
+        """Begin as the base: copy its layers, or their attention weights alone, and its positions."""
         table, config = self.base.position_embedding.weight, self.config
         start = start_positions(table, config.coglm.layout, config.factor, config.fine_start)
         self.fine_position.weight.copy_(start)
-        for own, attention in zip(self.fine_attention, attentions(self.base), strict=True):
-            own.load_state_dict(attention.state_dict())
+        if config.own_layers:
+            self.fine_layers.load_state_dict(self.base.layers.state_dict())
+        else:
+            for own, attention in zip(self.fine_attention, attentions(self.base.layers), strict=True):
+                own.load_state_dict(attention.state_dict())
 
     def forward(
         self,
@@ -228,15 +243,17 @@ class DirectSR(nn.Module):
         cells = self.start_cells(coarse, start).to(device)  # (B, F)
         fine = base.token_embedding(cells) + self.fine_position.weight  # (B, F, D)
         bias = attention_bias(low_mask(real, layout.n_image))
-        n_heads, of_low, of_fine = config.coglm.transformer.n_heads, attentions(base), list(self.fine_attention)
+        n_heads, of_low = config.coglm.transformer.n_heads, attentions(base.layers)
+        fine_layers = self.fine_layers if config.own_layers else None
+        of_fine = cast(list[Attention], self.fine_attention) if fine_layers is None else attentions(fine_layers)
 
         def attend(i: int, low: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-            ours, own = of_low[i], cast(Attention, of_fine[i])
+            ours, own = of_low[i], of_fine[i]
             low_qkv, fine_qkv = split_heads(ours.qkv(low), n_heads), split_heads(own.qkv(fine), n_heads)
             low, fine = direct_attention(low_qkv, fine_qkv, bias, config)
             return ours.out(low.flatten(2)), own.out(fine.flatten(2))
 
-        return run_levels(base, low, fine, attend, record)
+        return run_levels(base, low, fine, attend, record, fine_layers)
 
     def start_cells(self, coarse: Tensor, start: Tensor | None) -> Tensor:
         """What the fine tokens are before anything is known about them: (B, F) ids, as ``config.fine_start`` says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -133,3 +134,11 @@ def test_the_direct_stages_attention_can_be_taken_over(model: IterativeSR) -> No
         assert torch.equal(layer.attention.qkv.weight, own.qkv.weight)
         assert layer.attention.qkv.weight is not own.qkv.weight
     assert all(torch.equal(value, mlp[name]) for name, value in model.base.layers[0].mlp.state_dict().items())
+
+
+def test_a_direct_stage_with_layers_of_its_own_hands_over_all_of_them(model: IterativeSR) -> None:
+    torch.manual_seed(1)
+    direct = DirectSR(dataclasses.replace(tiny_config(), own_layers=True))
+    model.start_from_direct(direct)
+    taken = model.base.layers.state_dict()
+    assert all(torch.equal(value, taken[name]) for name, value in direct.fine_layers.state_dict().items())

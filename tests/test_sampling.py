@@ -106,6 +106,19 @@ def test_temperature_zero_takes_the_likeliest(clusters):
     assert torch.equal(Sampler([0, 1, 2], config, clusters)(logits, 0), logits.argmax(-1))
 
 
+def test_nearest_to_the_mean_takes_the_code_of_least_expected_squared_error():
+    codebook = torch.randn(V, 4, generator=torch.Generator().manual_seed(0))
+    logits = random_logits(6).view(2, 3, V)
+    codes = sampling.NearestToMean(codebook, temperature=0.5)(logits, 0)
+    error = (logits / 0.5).softmax(-1) @ torch.cdist(codebook, codebook).square()  # (2, 3, V), of every choice
+    assert torch.equal(codes, error.argmin(-1))
+    assert not torch.equal(codes, logits.argmax(-1))
+    line = torch.tensor([[0.0], [1.0], [2.0]])  # two codes equally likely, and one between them
+    assert sampling.NearestToMean(line)(torch.tensor([[[1.0, -9.0, 1.0]]]), 0).item() == 1
+    with pytest.raises(MiniCogViewError, match="temperature 0 is not above 0"):
+        sampling.NearestToMean(line, temperature=0)
+
+
 def test_half_precision_logits_are_accepted():
     logits, clusters = random_logits(2).bfloat16(), random_clusters()
     assert sampling.cluster_probabilities(logits, clusters, 1.0, 3).dtype == torch.float32

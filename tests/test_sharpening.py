@@ -19,7 +19,7 @@ from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.super_resolution import DirectSR
 
-ENLARGED = dataclasses.replace(TINY, fine_start="enlarged")
+ENLARGED = dataclasses.replace(TINY, fine_start="enlarged", own_layers=True)  # as the toy
 
 
 def write_stages(folder: Path, preset: Preset) -> Path:
@@ -48,6 +48,18 @@ def test_every_stage_keeps_its_picture(model: CogView2) -> None:
     assert sizes == [(12, 12), (36, 36), (36, 36)] and pictures.fine_tokens.shape == (2, 9, 9)
     assert np.array_equal(pictures[1], model.tokenizer.decode_picture(pictures.fine_tokens[1]))
     assert not np.array_equal(pictures.direct[0], pictures[0])
+
+
+def test_seeds_matter_only_where_fine_tokens_are_drawn(model: CogView2) -> None:
+    sharpener = model.sharpener
+    assert sharpener
+    coarse = torch.randint(TINY.vqvae.codebook_size, (1, 9), generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    for choice in ("sample", "mean"):
+        chosen = dataclasses.replace(sharpener, preset=dataclasses.replace(sharpener.preset, fine_choice=choice))
+        draft = chosen.draft([[], []], coarse, seeds=[0, 1])
+        refined = chosen.refine([[], []], draft[:1].expand(2, -1), seeds=[0, 1])[-1]
+        for one, other in (draft, refined):
+            assert torch.equal(one, other) == (choice == "mean")
 
 
 def test_stages_stop_early(model: CogView2) -> None:

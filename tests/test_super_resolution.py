@@ -88,6 +88,16 @@ def test_starts_from_the_base_and_shares_it() -> None:
 
 
 @torch.no_grad()
+def test_own_layers_start_as_the_base_and_serve_the_fine_level_alone(model: DirectSR) -> None:
+    own = DirectSR(dataclasses.replace(tiny_config(), own_layers=True), model.base).eval()
+    low, fine = model(TEXTS, coarse_codes())
+    assert all(torch.equal(a, b) for a, b in zip(own(TEXTS, coarse_codes()), (low, fine), strict=True))
+    torch.nn.init.zeros_(own.fine_layers[0].mlp.down.weight)
+    changed_low, changed_fine = own(TEXTS, coarse_codes())
+    assert torch.equal(changed_low, low) and not torch.allclose(changed_fine, fine)
+
+
+@torch.no_grad()
 def test_the_low_level_never_sees_the_fine_one(model: DirectSR) -> None:
     low, fine = model(TEXTS, coarse_codes())
     assert low.shape == (2, 4 + 16, 32) and fine.shape == (2, 144, 32)

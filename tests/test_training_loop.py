@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
-from minicogview.training.loop import fit, learning_rate, make_optimizer
-from minicogview.training.resume import EMA
+from minicogview.training.loop import fit, learning_rate, make_optimizers
+from minicogview.training.resume import EMA, Settings
 
 SETTINGS = {"steps": 40, "lr": 1e-2, "warmup": 5, "log_every": 4, "progress": False, "device": "cpu"}
 
@@ -85,16 +86,17 @@ def test_learns_and_reports(tmp_path):
         assert objective.validate()["mse"] == summary["validation"]["mse"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_after_time_limit_is_exact(tmp_path, precision):
-    whole, _ = run(tmp_path / "whole", precision=precision, validate_every=7)
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")])
+def test_resume_after_time_limit_is_exact(tmp_path, precision, optimizer):
+    how = {"precision": precision, "optimizer": optimizer}
+    whole, _ = run(tmp_path / "whole", validate_every=7, **how)
     for _ in range(SETTINGS["steps"]):  # every call does at least one step, then runs out of time
-        parts, summary = run(tmp_path / "parts", precision=precision, max_seconds=0.0)
+        parts, summary = run(tmp_path / "parts", max_seconds=0.0, **how)
         torch.rand(5)  # the random state must come from the checkpoint
     assert summary["finished"] and summary["start"] == SETTINGS["steps"] - 1
     assert_same_weights(whole.model, parts.model)
     assert torch.equal(whole.seen, parts.seen)
-    again, summary = run(tmp_path / "parts", precision=precision)  # a finished run gives its weights at once
+    again, summary = run(tmp_path / "parts", **how)  # a finished run gives its weights at once
     assert summary["start"] == SETTINGS["steps"] and summary["finished"]
     assert_same_weights(whole.model, again.model)
 
@@ -181,6 +183,8 @@ def test_bad_settings_and_folder(tmp_path):
         run(tmp_path / "file" / "run")
     with pytest.raises(MiniCogViewError, match="precision 'fp16'"):
         run(tmp_path, precision="fp16")
+    with pytest.raises(MiniCogViewError, match="optimizer 'sgd'"):
+        run(tmp_path, optimizer="sgd")
     with pytest.raises(MiniCogViewError, match="device 'abacus' cannot be used"):
         run(tmp_path, device="abacus")
     with pytest.raises(MiniCogViewError, match="steps=0"):
@@ -198,10 +202,16 @@ def test_works_without_tensorboard(tmp_path, monkeypatch, capsys):
 def test_weight_decay_groups_and_frozen_weights():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "norm": nn.LayerNorm(3), "linear": nn.Linear(3, 3)})
     model["frozen"] = nn.Linear(3, 3).requires_grad_(False)
-    decayed, kept = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    settings = Settings(10, 1e-3, 2, 0.1, (0.9, 0.95), 1.0, 0.999, "fp32")
+    (adamw,) = make_optimizers(model, settings)
+    decayed, kept = adamw.param_groups
     assert [p.shape for p in decayed["params"]] == [(3, 3)] and decayed["weight_decay"] == 0.1
     assert len(kept["params"]) == 4 and kept["weight_decay"] == 0.0
     assert not any(name.startswith("frozen") for name in EMA(model, 0.9).names)
+    rest, muon = make_optimizers(model, dataclasses.replace(settings, optimizer="muon"))
+    assert isinstance(muon, torch.optim.Muon)
+    assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(model["linear"].weight)]
+    assert len([p for group in rest.param_groups for p in group["params"]]) == 4
 
 
 def test_ema_follows_its_formula():

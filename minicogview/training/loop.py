@@ -1,4 +1,4 @@
-"""One training loop for every model: AdamW, cosine schedule, averaged weights, and exact resume.
+"""One training loop for every model: AdamW or Muon, cosine schedule, averaged weights, and exact resume.
 
 The loop knows steps; an *objective* knows what is learned. ``objective.loss(step)`` draws its own batch from
 (seed, step) alone, so nothing about the data has to be stored: a run that was killed goes on from its last
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from minicogview.errors import MiniCogViewError
 from minicogview.training.log import Log
-from minicogview.training.resume import EMA, Checkpoint, Objective, Precision, Settings
+from minicogview.training.resume import EMA, Checkpoint, Objective, OptimizerName, Precision, Settings
 
 
 def learning_rate(step: int, *, steps: int, lr: float, warmup: int) -> float:
@@ -44,38 +44,61 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup: int) -> float:
     return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms (all 1-D) and embeddings do not decay."""
+def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW over the trainable parameters; biases, norms (all 1-D) and embeddings do not decay.
+
+    With ``settings.optimizer`` "muon", Muon has the matrices inside of the model and AdamW the rest. Muon makes each
+    update's singular values equal (Jordan et al., "Muon: an optimizer for hidden layers", 2024), and torch scales it
+    to the size of AdamW's updates, so that one learning rate serves both.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise MiniCogViewError("the model has no trainable parameter: set requires_grad on what should learn")
-    decays = [p.ndim >= 2 and id(p) not in embeddings for p in trainable]
+    by_muon = [settings.optimizer == "muon" and p.ndim == 2 and id(p) not in embeddings for p in trainable]
+    matrices = [p for p, muon in zip(trainable, by_muon) if muon]
+    rest = [p for p, muon in zip(trainable, by_muon) if not muon]
+    decays = [p.ndim >= 2 and id(p) not in embeddings for p in rest]
     groups = [
-        {"params": [p for p, d in zip(trainable, decays) if d], "weight_decay": weight_decay},
-        {"params": [p for p, d in zip(trainable, decays) if not d], "weight_decay": 0.0},
+        {"params": [p for p, d in zip(rest, decays) if d], "weight_decay": settings.weight_decay},
+        {"params": [p for p, d in zip(rest, decays) if not d], "weight_decay": 0.0},
     ]
-    fused = trainable[0].device.type in ("cpu", "cuda")  # one pass over memory instead of about ten
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        fused = trainable[0].device.type in ("cpu", "cuda")  # one pass over memory instead of about ten
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused))
+    if matrices:
+        if not hasattr(torch.optim, "Muon"):
+            raise MiniCogViewError(f"torch {torch.__version__} has no Muon: install 2.9 or newer, or use adamw")
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
 
 
 def _update(
-    objective: Objective, optimizer: torch.optim.AdamW, settings: Settings, device: torch.device, step: int
+    objective: Objective,
+    optimizers: list[torch.optim.Optimizer],
+    settings: Settings,
+    device: torch.device,
+    step: int,
 ) -> dict[str, Any]:
     """One update of the weights; returns the scalars to log."""
     rate = learning_rate(step, steps=settings.steps, lr=settings.lr, warmup=settings.warmup)
-    for group in optimizer.param_groups:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
         group["lr"] = rate
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         loss, scalars = objective.loss(step)
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(
-        [p for g in optimizer.param_groups for p in g["params"]], settings.grad_clip
-    )
-    optimizer.step()
+    norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], settings.grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
     return {"loss": loss.detach(), **scalars, "grad_norm": norm, "lr": rate}
 
 
@@ -126,6 +149,7 @@ def fit(
     grad_clip: float = 1.0,
     ema_decay: float = 0.999,
     precision: Precision = "fp32",
+    optimizer: OptimizerName = "adamw",
     compile: bool = False,
     save_every_s: float = 120.0,
     save_every: int | None = None,
@@ -148,6 +172,7 @@ def fit(
         steps: updates of the whole run; the schedule reaches zero there.
         lr, warmup: highest learning rate, and the updates it takes to get there.
         weight_decay, betas: of AdamW. Biases, norms and embeddings do not decay.
+        optimizer: "adamw", or "muon" for the matrices inside of the model, see ``make_optimizers``.
         grad_clip: largest allowed norm of the gradient.
         ema_decay: of the averaged weights; update ``s`` uses ``min(ema_decay, (1 + s) / (10 + s))``.
         precision: "bf16" runs forward passes under autocast; weights and their updates stay float32.
@@ -171,7 +196,7 @@ def fit(
     """
     began = time.monotonic()
     settings = Settings(
-        steps, lr, warmup, weight_decay, (betas[0], betas[1]), grad_clip, ema_decay, precision
+        steps, lr, warmup, weight_decay, (betas[0], betas[1]), grad_clip, ema_decay, precision, optimizer
     )
     folder, place = Path(out_dir), pick_device(device)
     try:
@@ -179,9 +204,9 @@ def fit(
     except OSError as error:
         raise MiniCogViewError(f"cannot make folder {folder}: {error.strerror}; choose another") from None
     model = objective.model.to(place).train()
-    optimizer = make_optimizer(model, lr, weight_decay, settings.betas)
+    optimizers = make_optimizers(model, settings)
     ema = EMA(model, ema_decay)
-    checkpoint = Checkpoint(folder / "checkpoint.pt", objective, optimizer, ema, settings)
+    checkpoint = Checkpoint(folder / "checkpoint.pt", objective, optimizers, ema, settings)
     start = checkpoint.load() if resume and checkpoint.path.exists() else 0
     if compile:
         model.compile()  # in place: names of parameters and the objective's reference stay as they are
@@ -196,7 +221,7 @@ def fit(
         tqdm(total=steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True) as bar,
     ):
         for step in range(start, steps):
-            scalars = _update(objective, optimizer, settings, place, step)
+            scalars = _update(objective, optimizers, settings, place, step)
             if after_step:
                 after_step(step)
             ema.update(step)

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minicogview.errors import MiniCogViewError
 
 Precision = Literal["fp32", "bf16"]
+OptimizerName = Literal["adamw", "muon"]
 
 
 class Objective(Protocol):
@@ -58,6 +59,7 @@ class Settings:
     grad_clip: float
     ema_decay: float
     precision: Precision
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.warmup < 0:
@@ -66,6 +68,8 @@ class Settings:
             )
         if self.precision not in ("fp32", "bf16"):
             raise MiniCogViewError(f"unknown precision {self.precision!r}: choose fp32 or bf16")
+        if self.optimizer not in ("adamw", "muon"):
+            raise MiniCogViewError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
 
 
 class EMA:
@@ -117,12 +121,17 @@ class Checkpoint:
     """All that a run needs to go on, in one file that is either the old or the new one, never half of it."""
 
     def __init__(
-        self, path: Path, objective: Objective, optimizer: torch.optim.AdamW, ema: EMA, settings: Settings
+        self,
+        path: Path,
+        objective: Objective,
+        optimizers: Sequence[torch.optim.Optimizer],
+        ema: EMA,
+        settings: Settings,
     ):
-        self.path, self.objective, self.optimizer, self.ema, self.settings = (
+        self.path, self.objective, self.optimizers, self.ema, self.settings = (
             path,
             objective,
-            optimizer,
+            optimizers,
             ema,
             settings,
         )
@@ -136,7 +145,7 @@ class Checkpoint:
             "settings": dataclasses.asdict(self.settings),
             "model": self.objective.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "objective": extra() if extra else {},
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -178,7 +187,8 @@ class Checkpoint:
             self._check_settings(state["settings"])
             self.objective.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             if load := getattr(self.objective, "load_state_dict", None):
                 load(state["objective"])
             torch.set_rng_state(state["rng"])
