@@ -9,9 +9,11 @@ Mirrors: the checkpoint layout that SwissArmyTransformer 0.2.1 writes (``latest`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,24 +98,37 @@ def save_model(
     os.replace(part, path)
 
 
+@contextlib.contextmanager
+def open_weights(path: str | Path) -> Iterator[Any]:
+    """A weight file, opened; a clear error if it is missing or damaged, now or while it is read."""
+    path = Path(path)
+    if not path.is_file():
+        raise MiniCogViewError(f"weight file {path} is missing: install the package again or pass another folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise MiniCogViewError(f"weight file {path} is damaged ({error}): get it again") from None
+
+
+def load_config(path: str | Path, kind: str) -> Any:
+    """The configuration in a file that ``save_model`` wrote, without the weights; raises as ``load_weights`` does."""
+    with open_weights(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("kind") != kind or "config" not in metadata:
+        raise MiniCogViewError(f"weight file {path} holds {metadata.get('kind')!r}, expected {kind!r}")
+    return from_json(CONFIG_TYPES[kind], metadata["config"])
+
+
 def load_weights(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
     """Configuration and float32 weights of a file that ``save_model`` wrote.
 
     Raises:
         MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MiniCogViewError(f"weight file {path} is missing: install the package again or pass another folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise MiniCogViewError(f"weight file {path} is damaged ({error}): get it again") from None
-    if metadata.get("kind") != kind or "config" not in metadata:
-        raise MiniCogViewError(f"weight file {path} holds {metadata.get('kind')!r}, expected {kind!r}")
-    config = from_json(CONFIG_TYPES[kind], metadata["config"])
+    config = load_config(path, kind)
+    with open_weights(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -160,17 +175,27 @@ def save_direct(path: str | Path, model: DirectSR) -> None:
     save_model(path, model, model.config, "direct", leave_out="base.", base=fingerprint(model.base))
 
 
+def load_direct_part(path: str | Path, base: Transformer) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
+    """Configuration of direct super-resolution, and the weights that it has beside CogLM's transformer.
+
+    Raises:
+        MiniCogViewError: as ``load_weights`` does; or if it was trained on top of other weights.
+    """
+    config, state = load_weights(path, "direct")
+    with open_weights(path) as file:
+        trained_on = file.metadata().get("base")
+    if base.config != config.coglm.transformer or trained_on != fingerprint(base):
+        raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
+    return config, state
+
+
 def load_direct(path: str | Path, base: Transformer) -> DirectSR:
     """Direct super-resolution on top of CogLM's transformer, in eval mode.
 
     Raises:
-        MiniCogViewError: as ``load_weights`` and ``load_into`` do; or if it was trained on top of other weights.
+        MiniCogViewError: as ``load_direct_part`` and ``load_into`` do.
     """
-    config, state = load_weights(path, "direct")
-    with safe_open(path, framework="pt") as file:
-        trained_on = file.metadata().get("base")
-    if base.config != config.coglm.transformer or trained_on != fingerprint(base):
-        raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
+    config, state = load_direct_part(path, base)
     model = DirectSR(config, base).eval()
     load_into(model, state | {f"base.{name}": value for name, value in base.state_dict().items()}, path)
     return model

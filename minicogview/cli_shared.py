@@ -40,13 +40,16 @@ class Source:
     """toy if not given; with --weights, the preset that has the sizes in these files"""
     weights: OptionalFolder = None
     """folder with your own vqvae.safetensors, coglm.safetensors and text.model"""
+    offload: bool = False
+    """have one stage's weights at a time in memory, for large models on small machines"""
 
     def load(self) -> CogView2:
         """The whole system."""
         folder = self.folder()
         from minicogview.pipeline import CogView2
 
-        return CogView2.from_pretrained(folder, self.preset if self.weights else self.preset or "toy")
+        preset = self.preset if self.weights else self.preset or "toy"
+        return CogView2.from_pretrained(folder, preset, offload=self.offload)
 
     def folder(self) -> Path:
         """Where the weights are."""

@@ -54,17 +54,14 @@ def encode_pairs(vqvae: VQVAE, preset: Preset, rows: Tensor, progress: bool = Tr
 def sharpen_all(
     sharpener: Sharpener, texts: Texts, coarse: Tensor, seed: int, stages: int, progress: bool = False
 ) -> list[Tensor]:
-    """Many coarse pictures (N, n) through the stages up to ``stages``: codes (N, F) after stage 2, and after stage 3.
+    """``Sharpener.run`` with a progress bar; picture i is drawn with ``seed + i``."""
+    with tqdm(total=len(texts) * (stages - 1), desc="sharpening", disable=not progress) as bar:
 
-    Picture i is drawn with ``seed + i``.
-    """
-    after: list[list[Tensor]] = [[] for _ in range(stages - 1)]
-    for part in tqdm(torch.arange(len(texts)).split(16), desc="sharpening", disable=not progress):
-        some, seeds = [texts[i] for i in part], [seed + int(i) for i in part]
-        after[0].append(sharpener.draft(some, coarse[part], seeds).cpu())
-        if stages > 2:
-            after[1].append(sharpener.refine(some, after[0][-1], seeds)[-1].cpu())
-    return [torch.cat(codes) for codes in after]
+        def on_step(stage: str, done: int, total: int) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.update(done + (total if stage == "refining" else 0) - bar.n)
+
+        return sharpener.run(texts, coarse, range(seed, seed + len(texts)), stages, on_step)
 
 
 @torch.no_grad()
@@ -83,6 +80,8 @@ class Judge:
     progress: bool = True  # show progress bars
 
     def __post_init__(self) -> None:
+        if self.model.offload is not None:
+            raise MiniCogViewError("judging needs all weights in memory: load them without offload")
         self.vqvae, self.tokenizer, self.level = self.model.vqvae, self.model.tokenizer, self.model.tokenizer.level
         pictures = emoji_pictures(self.model.size, self.progress)
         self.codes = encode_all(self.vqvae, pictures, self.level)  # (N, n)

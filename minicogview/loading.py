@@ -1,11 +1,27 @@
-"""Where weights are, which preset they go with, and whether the files of a folder belong together."""
+"""Where weights are, which preset they go with, whether the files of a folder belong together, and the models in it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from torch import nn
+
+from minicogview.checkpoint import (
+    load_coglm,
+    load_config,
+    load_direct,
+    load_direct_part,
+    load_iterative,
+    load_weights,
+)
+from minicogview.coglm import CogLM
 from minicogview.config import PRESETS, CogLMConfig, Preset, VQVAEConfig, get_preset
 from minicogview.errors import MiniCogViewError
+from minicogview.lopar import IterativeSR
+from minicogview.offload import Offload
+from minicogview.super_resolution import DirectSR
 from minicogview.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -49,3 +65,45 @@ def check_fit(config: CogLMConfig, tokenizer: Tokenizer, folder: Path) -> None:
             f"the files in {folder} belong to different models: coglm.safetensors expects {needed[0]} picture codes "
             f"and {needed[1]} ids in all, vqvae.safetensors and text.model have {found[0]} and {found[1]}"
         )
+
+
+class Stages(NamedTuple):
+    """The models of a folder; None where there is no file. Without ``offload`` all their weights are in memory."""
+
+    coglm: CogLM
+    direct: DirectSR | None = None
+    iterative: IterativeSR | None = None
+    offload: Offload | None = None
+
+
+def load_stages(folder: Path, device: str = "cpu", one_by_one: bool = False) -> Stages:
+    """CogLM and, where there are files, both super-resolution models, in eval mode.
+
+    Args:
+        one_by_one: make them without weights, and with an ``Offload`` that brings in those of the stage at work.
+
+    Raises:
+        MiniCogViewError: if a file is missing or damaged, or the direct stage was trained on top of another CogLM.
+    """
+    first, second, third = (folder / f"{name}.safetensors" for name in ("coglm", "direct", "iterative"))
+    if not one_by_one:
+        coglm = load_coglm(first).to(device)
+        if not second.exists():
+            return Stages(coglm)
+        iterative = load_iterative(third).to(device) if third.exists() else None
+        return Stages(coglm, load_direct(second, coglm.transformer).to(device), iterative)
+
+    with torch.device("meta"):
+        coglm = CogLM(load_config(first, "coglm")).eval()
+        offload = Offload({"coglm": coglm}, {"coglm": lambda: load_weights(first, "coglm")[1]}, device)
+        if not second.exists():
+            return Stages(coglm, offload=offload)
+        direct, iterative = DirectSR(load_config(second, "direct"), coglm.transformer).eval(), None
+        own = nn.ModuleDict({name: part for name, part in direct.named_children() if name != "base"})
+        offload.modules["direct"] = own
+        offload.read["direct"] = lambda: load_direct_part(second, coglm.transformer)[1]
+        if third.exists():
+            iterative = IterativeSR(load_config(third, "iterative")).eval()
+            offload.modules["iterative"] = iterative
+            offload.read["iterative"] = lambda: load_weights(third, "iterative")[1]
+    return Stages(coglm, direct, iterative, offload)

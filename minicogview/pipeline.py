@@ -25,21 +25,20 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from minicogview.checkpoint import load_coglm, load_vqvae
+from minicogview.checkpoint import load_vqvae
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig
 from minicogview.editing import Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.loading import check_fit, find_folder, preset_of
+from minicogview.loading import check_fit, find_folder, load_stages, preset_of
+from minicogview.offload import Offload
 from minicogview.pictures import Pictures
 from minicogview.sampling import Clusters, Sampler, check, cluster_codebook, load_labels
-from minicogview.sharpening import Sharpener, load_sharpener
+from minicogview.sharpening import Progress, Sharpener
 from minicogview.tokenizer import Picture, Tokenizer, to_image
 from minicogview.vqvae import VQVAE
 
-BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn ...
-FINE_BATCH = 8  # ... and sharpened side by side
-Progress = Callable[[str, int, int], None]  # (stage, done, of how many)
+BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn
 
 
 @dataclass(eq=False)
@@ -52,6 +51,7 @@ class CogView2:
         sampling: defaults of every call. ``n_clusters`` 0 stands for plain top-k.
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
         sharpener: both super-resolution stages; None: pictures stay as coarse as ``coglm`` draws them.
+        offload: brings in the weights of the stage at work; None: all are in memory.
 
     Example:
         >>> model = CogView2.from_pretrained("toy")
@@ -67,13 +67,18 @@ class CogView2:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     labels: Tensor | None = None
     sharpener: Sharpener | None = None
+    offload: Offload | None = None
 
     def __post_init__(self) -> None:
         self._clusters: dict[int, Clusters] = {}
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path = "toy", preset: str | Preset | None = None, device: str = "cpu"
+        cls,
+        source: str | Path = "toy",
+        preset: str | Preset | None = None,
+        device: str = "cpu",
+        offload: bool = False,
     ) -> CogView2:
         """Load a preset whose weights ship with the package, or a folder of weights.
 
@@ -84,6 +89,7 @@ class CogView2:
             preset: of a folder: which preset's tokenizer rate and sampler settings to use; None: of the one
                 that has the sizes in the files.
             device: where the models go.
+            offload: have the weights of one stage at a time in memory, and read those of the next when its turn comes.
 
         Raises:
             MiniCogViewError: if there is no such preset or folder, or a file is missing, damaged or of
@@ -92,15 +98,17 @@ class CogView2:
         folder = find_folder(source)
         if preset is None and isinstance(source, str) and source in PRESETS:
             preset = source
-        coglm = load_coglm(folder / "coglm.safetensors").to(device)
+        coglm, direct, iterative, weights = load_stages(folder, device, one_by_one=offload)
         vqvae = load_vqvae(folder / "vqvae.safetensors").to(device)
         chosen = preset if isinstance(preset, Preset) else preset_of(preset, coglm.config, vqvae.config, folder)
         tokenizer = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, chosen.level)
         check_fit(coglm.config, tokenizer, folder)
         label_file = folder / "cluster_label.npy"
         labels = load_labels(label_file, coglm.config.n_codes) if label_file.exists() else None
-        sharpener = load_sharpener(folder, coglm.transformer, vqvae, chosen, labels)
-        return cls(coglm, tokenizer, chosen.sampling, labels, sharpener)
+        sharpener = None
+        if direct is not None:
+            sharpener = Sharpener(vqvae, chosen, direct, iterative, labels=labels, offload=weights)
+        return cls(coglm, tokenizer, chosen.sampling, labels, sharpener, weights)
 
     # --- sizes and settings
 
@@ -308,30 +316,14 @@ class CogView2:
 
         Args:
             stages, on_step: as for ``generate``.
-            keep: fine codes (F,) of a picture, and where (fine grid, fine grid) bool they may change; with it
-                everything else stays as it is.
+            keep: as for ``Sharpener.run``.
         """
         stages, sharpener = self._stages(stages), self.sharpener
         if stages == 1 or sharpener is None:
             return pictures
-        ids, tokens, seeds = self.encode(pictures.text), pictures.tokens.flatten(1), pictures.seeds
-        drafts, refined = [], []
-        for i in range(0, len(tokens), FINE_BATCH):
-            some, own = tokens[i : i + FINE_BATCH], seeds[i : i + FINE_BATCH]
-            texts = [ids] * len(some)
-            fine = sharpener.draft(texts, some, own).cpu()
-            if keep is not None:
-                fine = torch.where(keep[1].flatten(), fine, keep[0])
-            drafts.append(fine)
-            if on_step:
-                on_step("sharpening", i + len(some), len(tokens))
-        for i in range(0, len(tokens) if stages == 3 else 0, FINE_BATCH):
-            fine, own = drafts[i // FINE_BATCH], seeds[i : i + FINE_BATCH]
-            rounds = sharpener.refine([ids] * len(fine), fine, own, None if keep is None else keep[1])
-            refined.append(rounds[-1].cpu())
-            if on_step:
-                on_step("refining", i + len(fine), len(tokens))
-        codes = [rearrange(torch.cat(part), "n (h w) -> n h w", h=sharpener.grid) for part in (drafts, refined) if part]
+        texts, tokens = [self.encode(pictures.text)] * len(pictures.tokens), pictures.tokens.flatten(1)
+        after = sharpener.run(texts, tokens, pictures.seeds, stages, on_step, keep)
+        codes = [rearrange(fine, "n (h w) -> n h w", h=sharpener.grid) for fine in after]
         images = [[self.tokenizer.decode_picture(one) for one in part] for part in codes]
         return dataclasses.replace(
             pictures,
@@ -343,6 +335,7 @@ class CogView2:
 
     def caption(self, picture: Picture, language: str = "en") -> str:
         """Describe a picture in words, "en" or "zh": the likeliest word after word."""
+        self._need_coglm()
         codes = self.codes(picture).flatten()
         return self.tokenizer.decode(self.coglm.caption(codes, self._start(language), self.tokenizer.eos))
 
@@ -351,6 +344,7 @@ class CogView2:
 
         Texts of both languages may be mixed. Post-selection keeps the pictures that score highest.
         """
+        self._need_coglm()
         codes = self.codes(picture).flatten()[None]
         scores = torch.empty(len(texts))
         ids = [[*self.encode(text), self.tokenizer.eos] for text in texts]
@@ -364,9 +358,14 @@ class CogView2:
 
     def _caption_scores(self, ids: list[int], tokens: Tensor) -> Tensor:
         """(n,) mean log-probability of one text's tokens as the caption of each picture (n, grid, grid)."""
+        self._need_coglm()
         texts, start = [[*ids, self.tokenizer.eos]] * BATCH, self.tokenizer.language_token(ids)
         batches = tokens.flatten(1).split(BATCH)
         return torch.cat([self.coglm.score_captions(b, texts[: len(b)], start).cpu() for b in batches])
+
+    def _need_coglm(self) -> None:
+        if self.offload is not None:
+            self.offload.need("coglm")
 
     def _stages(self, stages: int | None) -> int:
         """``stages``, or all there are; an error if there are not so many."""
@@ -386,6 +385,7 @@ class CogView2:
             raise MiniCogViewError(f"n is {n}: ask for 1 picture or more")
         if not 0 <= seed <= 2**63 - n:
             raise MiniCogViewError(f"seed is {seed}: use a whole number from 0 to 2 ** 63 - n")
+        self._need_coglm()
         seeds = list(range(seed, seed + n))
         starts = range(0, n, BATCH)
         drawn = [draw(seeds[i : i + BATCH], i // BATCH * self.grid**2) for i in starts]

@@ -11,22 +11,23 @@ Shapes: ``B`` pictures, ``n`` coarse and ``F`` fine tokens of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from minicogview.checkpoint import load_direct, load_iterative
 from minicogview.config import Preset, SamplingConfig
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
+from minicogview.offload import Offload
 from minicogview.sampling import Clusters, NearestToMean, Sampler, cluster_codebook
 from minicogview.super_resolution import CellSampler, DirectSR, enlarged_codes
-from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
 
 Texts = Sequence[Sequence[int]]
+Progress = Callable[[str, int, int], None]  # (stage, done, of how many)
+BATCH = 8  # pictures that are sharpened side by side
 MISSING = "these weights draw coarse pictures only: there is no direct.safetensors beside them"
 
 
@@ -39,6 +40,7 @@ class Sharpener:
         direct: the first of the two stages. iterative: the second; None: drafts stay as they are.
         schedule: which tokens are guessed again in which round.
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
+        offload: brings in the weights of the stage at work; None: all are in memory.
     """
 
     vqvae: VQVAE
@@ -47,6 +49,7 @@ class Sharpener:
     iterative: IterativeSR | None = None
     schedule: Schedule = OFFICIAL
     labels: Tensor | None = None
+    offload: Offload | None = None
 
     @cached_property
     def clusters(self) -> Clusters | None:
@@ -94,19 +97,45 @@ class Sharpener:
             samplers.append(self.sampler([seed + (number << 40) for seed in seeds], settings))
         return self.iterative.refine(texts, fine, samplers, self.schedule, region)
 
+    def run(
+        self,
+        texts: Texts,
+        coarse: Tensor,
+        seeds: Sequence[int],
+        stages: int,
+        on_step: Progress | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Many coarse pictures through both stages: codes (B, F) on the CPU after stage 2 and, if asked for, stage 3.
 
-def load_sharpener(
-    folder: Path, base: Transformer, vqvae: VQVAE, preset: Preset, labels: Tensor | None = None
-) -> Sharpener | None:
-    """What a folder holds of both stages, on the device of ``base``; None where there is no ``direct.safetensors``.
+        Args:
+            coarse: codes (B, n). seeds: one for each picture. stages: 2 or 3; the one that drew ``coarse`` counts.
+            on_step: called with the name of the stage at work, how many pictures are done, and of how many.
+            keep: fine codes (F,) of a picture, and where (rows, columns) bool they may change; with it everything
+                else stays as it is.
+        """
+        region = None if keep is None else keep[1]
 
-    Raises:
-        MiniCogViewError: if a file is damaged, or the direct stage was trained on top of another CogLM.
-    """
-    path, second = folder / "direct.safetensors", folder / "iterative.safetensors"
-    if not path.exists():
-        return None
-    device = base.token_embedding.weight.device
-    direct = load_direct(path, base).to(device)
-    iterative = load_iterative(second).to(device) if second.exists() else None
-    return Sharpener(vqvae, preset, direct, iterative, labels=labels)
+        def in_batches(name: str, work: Callable[[slice], Tensor]) -> Tensor:
+            parts = []
+            for i in range(0, len(coarse), BATCH):
+                parts.append(work(slice(i, i + BATCH)).cpu())
+                if on_step:
+                    on_step(name, min(i + BATCH, len(coarse)), len(coarse))
+            return torch.cat(parts)
+
+        self._need("coglm", "direct")
+        drafts = in_batches("sharpening", lambda some: self.draft(texts[some], coarse[some], seeds[some]))
+        if keep is not None:
+            drafts = torch.where(keep[1].flatten(), drafts, keep[0])
+        if stages == 2:
+            return [drafts]
+        self._need("iterative")
+        return [
+            drafts,
+            in_batches("refining", lambda some: self.refine(texts[some], drafts[some], seeds[some], region)[-1]),
+        ]
+
+    def _need(self, *stages: str) -> None:
+        if self.offload is not None:
+            self.offload.need(*stages)
