@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,108 +68,71 @@ def train_vqvae(
     return show(result, json)
 
 
-def train_direct(
-    preset: str = "toy",
-    weights: OptionalFolder = None,
-    out: Folder = Path("runs/toy"),
-    steps: int = 4200,
-    lr: float = 4e-3,
-    batch_size: int = 8,
-    warmup: int = 100,
-    optimizer: Literal["adamw", "muon"] = "muon",
-    precision: Literal["bf16", "fp32"] = "bf16",
-    judge_every: OptionalInt = None,
-    seed: int = 0,
-    device: str = "auto",
-    resume: bool = True,
-    json: bool = False,
-) -> int:
-    """Train direct super-resolution on top of a finished CogLM.
+@dataclass(frozen=True)
+class StageRun:
+    """How to train a super-resolution stage; what learns from what, and where it goes."""
 
-    Args:
-        preset: sizes of the model.
-        weights: folder with coglm.safetensors, vqvae.safetensors and text.model; the shipped ones if not given.
-        out: folder for direct.safetensors, checkpoints and logs.
-        steps: updates.
-        lr: highest learning rate.
-        batch_size: pictures in an update.
-        warmup: updates until the learning rate is reached.
-        optimizer: of the matrices inside of the model; embeddings, norms and biases have adamw.
-        precision: of the forward passes.
-        judge_every: updates between measuring PSNR; never if not given.
-        seed: of weights and batches.
-        device: auto, cpu, cuda, cuda:1, ...
-        resume: go on from the checkpoint in the folder, if there is one.
-        json: print the result as JSON.
-    """
-    from minicogview.training.recipes import train_direct as run
+    steps: int
+    """updates"""
+    lr: float
+    """highest learning rate"""
+    preset: str = "toy"
+    """sizes of the model"""
+    weights: OptionalFolder = None
+    """folder with the stages before this one, vqvae.safetensors and text.model; the shipped ones if not given"""
+    out: Folder = Path("runs/toy")
+    """folder for the weights, checkpoints and logs"""
+    batch_size: int = 8
+    """pictures in an update"""
+    warmup: int = 100
+    """updates until the learning rate is reached"""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """of the matrices inside of the model; embeddings, norms and biases have adamw"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """of the forward passes"""
+    judge_every: OptionalInt = None
+    """updates between measuring PSNR; never if not given"""
+    seed: int = 0
+    """of weights and batches"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    resume: bool = True
+    """go on from the checkpoint in the folder, if there is one"""
+    json: bool = False
+    """print the result as JSON"""
 
-    return _train_stage(run, "direct", preset, weights, out, batch_size, seed, json, judge_every=judge_every,
-        steps=steps, lr=lr, warmup=warmup, optimizer=optimizer, precision=precision, device=device,
-        resume=resume)  # fmt: skip
+    def start(self, train: Callable[..., dict[str, Any]], name: str) -> int:
+        """Train, and say where the weights are."""
+        sizes = get_preset(self.preset)
+        check_folder(self.out)
+        from minicogview.loading import find_folder
+        from minicogview.training.super_resolution import SuperResolutionRecipe
 
-
-def train_iterative(
-    preset: str = "toy",
-    weights: OptionalFolder = None,
-    out: Folder = Path("runs/toy"),
-    steps: int = 2000,
-    lr: float = 1.2e-3,
-    batch_size: int = 8,
-    warmup: int = 100,
-    optimizer: Literal["adamw", "muon"] = "muon",
-    precision: Literal["bf16", "fp32"] = "bf16",
-    judge_every: OptionalInt = None,
-    seed: int = 0,
-    device: str = "auto",
-    resume: bool = True,
-    json: bool = False,
-) -> int:
-    """Train iterative super-resolution, which starts from CogLM and the direct stage, and learns from its results.
-
-    Args:
-        preset: sizes of the model.
-        weights: folder that also has direct.safetensors; the shipped ones if not given.
-        out: folder for iterative.safetensors, checkpoints and logs.
-        steps: updates.
-        lr: highest learning rate.
-        batch_size: pictures in an update.
-        warmup: updates until the learning rate is reached.
-        optimizer: of the matrices inside of the model; embeddings, norms and biases have adamw.
-        precision: of the forward passes.
-        judge_every: updates between measuring PSNR; never if not given.
-        seed: of weights and batches.
-        device: auto, cpu, cuda, cuda:1, ...
-        resume: go on from the checkpoint in the folder, if there is one.
-        json: print the result as JSON.
-    """
-    from minicogview.training.recipes import train_iterative as run
-
-    return _train_stage(run, "iterative", preset, weights, out, batch_size, seed, json, judge_every=judge_every,
-        steps=steps, lr=lr, warmup=warmup, optimizer=optimizer, precision=precision, device=device,
-        resume=resume)  # fmt: skip
+        result = train(
+            sizes, find_folder(self.weights or self.preset), self.out,
+            recipe=SuperResolutionRecipe(batch_size=self.batch_size, seed=self.seed), judge_every=self.judge_every,
+            steps=self.steps, lr=self.lr, warmup=self.warmup, optimizer=self.optimizer, precision=self.precision,
+            device=self.device, resume=self.resume, progress=not self.json,
+        )  # fmt: skip
+        return show({"weights": str(self.out / f"{name}.safetensors"), **result}, self.json)
 
 
-def _train_stage(
-    run: Callable[..., dict[str, Any]],
-    name: str,
-    preset: str,
-    weights: Path | None,
-    out: Path,
-    batch_size: int,
-    seed: int,
-    json: bool,
-    **settings: Any,
-) -> int:
-    """Train one super-resolution stage and say where its weights are."""
-    sizes = get_preset(preset)
-    check_folder(out)
-    from minicogview.loading import find_folder
-    from minicogview.training.super_resolution import SuperResolutionRecipe
+Options = Annotated[StageRun, tyro.conf.arg(name="")]  # options without a prefix
+DIRECT, ITERATIVE = StageRun(steps=4200, lr=4e-3), StageRun(steps=4000, lr=2e-3)
 
-    recipe = SuperResolutionRecipe(batch_size=batch_size, seed=seed)
-    result = run(sizes, find_folder(weights or preset), out, recipe=recipe, progress=not json, **settings)
-    return show({"weights": str(out / f"{name}.safetensors"), **result}, json)
+
+def train_direct(run: Options = DIRECT) -> int:
+    """Train direct super-resolution on top of a finished CogLM."""
+    from minicogview.training.recipes import train_direct as train
+
+    return run.start(train, "direct")
+
+
+def train_iterative(run: Options = ITERATIVE) -> int:
+    """Train iterative super-resolution, which starts from CogLM and the direct stage, and learns from its results."""
+    from minicogview.training.recipes import train_iterative as train
+
+    return run.start(train, "iterative")
 
 
 def train_coglm(

@@ -1,8 +1,9 @@
 """MaskGIT's decoding beside LoPAR's: the model's own confidence, not a table, says what is guessed again.
 
 The idea: mask everything and guess it; keep the guesses the model is surest of, mask the others and guess again, ever
-fewer of them along a cosine. LoPAR's cells (``lopar.py``) are fixed in advance and lie apart; here they follow from the
-picture, differ from picture to picture, and may lie side by side. MaskGIT (arXiv 2202.04200), section 3.2.
+fewer of them along a cosine. LoPAR's cells (``lopar.py``) are fixed in advance, and those of its last round lie apart;
+here they follow from the picture, differ from picture to picture, and may lie side by side to the end. MaskGIT
+(arXiv 2202.04200), section 3.2.
 
 Mirrors: ``parallel_decode.py`` of google-research/maskgit, where the noise on the confidence comes from.
 

@@ -75,6 +75,15 @@ def golden(path: str) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def test_every_golden_file_is_compared_with() -> None:
+    source = Path(__file__).read_text()
+    folders = {path.parents[1] for path in GOLDEN.rglob("mp_rank_00_model_states.pt")}  # read as a whole, by fixtures
+    files = [p for p in GOLDEN.rglob("*.*") if p.suffix != ".md" and not folders & set(p.parents)]
+    assert len(folders) == 3 and len(files) > 20
+    for path in files:
+        assert path.relative_to(GOLDEN).as_posix() in source or path.stem in source, path
+
+
 def close(actual: Tensor, expected: Tensor, atol: float = ATOL) -> None:
     """Equal within the tolerance of float32, shapes included."""
     torch.testing.assert_close(actual.float(), expected.float(), atol=atol, rtol=0)
