@@ -90,8 +90,9 @@ def crop_box(mask: Tensor, context: float = CONTEXT, least: int = 1) -> Box:
     edges = []
     for axis in (0, 1):
         length = min(side, sizes[axis])
-        middle = (inner[axis] + inner[axis + 2] - 1) / 2
-        edges.append((min(max(int(middle - length / 2), 0), sizes[axis] - length), length))
+        first, end = inner[axis], inner[axis + 2]
+        start = int((first + end - 1) / 2 - length / 2)
+        edges.append((min(max(start, end - length, 0), first, sizes[axis] - length), length))
     (top, height), (left, width) = edges
     return top, left, top + height, left + width
 

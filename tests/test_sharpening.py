@@ -9,6 +9,8 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny import TINY, write_tiny
 
@@ -18,6 +20,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.super_resolution import DirectSR
+from minicogview.tokenizer import to_image
 
 ENLARGED = dataclasses.replace(TINY, fine_start="enlarged", own_layers=True)  # as the toy
 
@@ -105,6 +108,22 @@ def test_editing_sharpens_what_the_mask_marks_and_nothing_else(model: CogView2) 
             assert not np.array_equal(np.array(picture)[mask.numpy()], noise[mask.numpy()])
     one, other = pictures.fine_tokens.flatten(1)
     assert 0.05 < (one == other).float().mean() < 1  # tokens outside of the mask are those of the picture
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["L", "RGB", "RGBA", "P"]), st.integers(0, 2**32 - 1))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_stage_touches_a_pixel_outside_of_any_mask(
+    model: CogView2, height: int, width: int, mode: str, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+    mask = rng.random((height, width)) < rng.choice([0.02, 0.5, 1])
+    mask[rng.integers(height), rng.integers(width)] = True
+    before = np.array(to_image(picture))
+    pictures = model.edit("a red apple", picture, mask)
+    assert pictures.coarse and pictures.direct and pictures.refined
+    for stage in (pictures.coarse, pictures.direct, pictures.refined):
+        assert np.array_equal(np.array(stage[0])[~mask], before[~mask])
 
 
 def test_a_region_holds_in_every_round(model: CogView2) -> None:
