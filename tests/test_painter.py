@@ -223,8 +223,8 @@ def paint_and_draw(page, folder: Path, shots: Path) -> None:
     """Everything that a reader may do with the panel, in an open notebook."""
     from playwright.sync_api import expect
 
-    # The toolbar's indicator says idle before there is a kernel, the status bar does not. Without one, "run all" opens
-    # a question that covers the page.
+    # The toolbar's indicator says idle before there is a kernel, the status bar does not. Without one, "run all" does
+    # nothing, or asks which kernel to take, and the question covers the page.
     page.locator("#jp-main-statusbar", has_text="| Idle").wait_for()
     page.locator(".lm-MenuBar-item", has_text="Run").first.click()
     page.locator("[data-command='runmenu:run-all']").click()
