@@ -18,6 +18,7 @@ STEMS = (
     "04_coglm",
     "05_sampling",
     "07_super_resolution",
+    "09_editing",
 )
 
 
