@@ -12,10 +12,11 @@ kinds, ``G`` text keys, ``N`` heads, ``H`` head size. Tokens come before heads, 
 permuted beforehand. Grids and windows are (rows, columns). The original's window is 9 ROWS x 5 COLUMNS: it takes one of
 ``2 * 5 - 1`` by 5 cells, without causal order, probably by accident.
 
-Two forms with one signature, and tests that they agree:
+Three forms with one signature, and tests that they agree:
 
 reference  the dense form: all T x S scores, those outside the windows removed. To read.
-blocked    tiles of queries, each with the rectangle of keys (its "halo") that any of them can see. To use.
+blocked    tiles of queries, each with the rectangle of keys (its "halo") that any of them can see (``tiles.py``).
+triton     the same walk fused into one GPU kernel for each direction (``kernels/local_attention.py``).
 
 Different on purpose: a key outside the grid and a masked text key are left out of the softmax, where the original
 gives them a score of -10000. Both round to a weight of exactly 0. A query that may see nothing gets zeros.
@@ -23,18 +24,20 @@ gives them a score of -10000. Both round to a weight of exactly 0. A query that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
+from minicogview.tiles import blocked
 
-Impl = Literal["auto", "reference", "blocked"]
+Impl = Literal["auto", "reference", "blocked", "triton"]
 Size = tuple[int, int]  # rows, columns
 
 
@@ -133,14 +136,18 @@ def key_bias(part: Part, dtype: torch.dtype) -> Tensor:
     return bias
 
 
+def no_bias(part: Part) -> bool:
+    """Whether nothing is added to the scores, and no key is masked."""
+    return isinstance(part.bias, (int, float)) and part.bias == 0 and getattr(part, "mask", None) is None
+
+
 def collect_keys(parts: list[Part], batch: int) -> Keys:
     """Put the keys of all parts side by side, and repeat those that several rows share."""
-    no_bias = all(isinstance(p.bias, (int, float)) and p.bias == 0 and getattr(p, "mask", None) is None for p in parts)
-    exact = torch.promote_types(parts[0].k.dtype, torch.float32)
+    exact, plain = torch.promote_types(parts[0].k.dtype, torch.float32), all(map(no_bias, parts))
     return Keys(
         k=torch.cat([shared_by_group(p.k, batch) for p in parts], dim=1),
         v=torch.cat([shared_by_group(p.v, batch) for p in parts], dim=1),
-        bias=None if no_bias else torch.cat([shared_by_group(key_bias(p, exact), batch) for p in parts], dim=1),
+        bias=None if plain else torch.cat([shared_by_group(key_bias(p, exact), batch) for p in parts], dim=1),
         windows=tuple(((*p.grid,), (*p.window,)) for p in parts if isinstance(p, Coarse)),
         n_global=sum(p.k.shape[1] for p in parts if isinstance(p, Global)),
     )
@@ -170,156 +177,80 @@ def reference(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> 
     return torch.einsum("bnts,bsnh->btnh", weights, keys.v.to(exact)).to(q.dtype)
 
 
-# ---------------------------------------------------------------- blocked: tiles and halo
-
-TILE: Size = (6, 6)  # queries; the best of nine that were measured on a CPU, in float32 and in bfloat16
-ONE_TILE_UP_TO = 256  # query tokens: on smaller grids halos overlap so much that one tile with all keys is faster
-CHUNK_BYTES = 2**22  # keys and values gathered at a time without gradients: what stays in a CPU's cache
-TRAINING_BYTES = 2**24  # the same with gradients: the system takes large blocks back, and fresh ones cost
-GPU_FACTOR = 64  # a GPU wants fewer and larger pieces
+# ---------------------------------------------------------------- triton: fused kernels
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Which queries and keys each tile holds. A tile that sticks out of the grid repeats the last row or column."""
-
-    queries: Tensor  # (tiles, tile queries), int64 into T
-    keys: Tensor  # (tiles, tile keys), int64 into S
-    mask: Tensor  # (tiles, tile queries, tile keys) bool
-    places: Tensor  # (T,): where each query's result stands among all tiles' results
-
-
-def cut_axis(n_queries: int, n_keys: int, tile: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis cut in tiles: queries (tiles, tile), keys (tiles, halo), and how far each key lies from each centre.
-
-    Every tile gets equally many keys; at the border its halo is moved inwards, so that no index points outside.
-    """
-    starts, ratio = range(0, n_queries, tile), n_queries // n_keys
-    queries = (torch.tensor(starts)[:, None] + torch.arange(tile)).clamp(max=n_queries - 1)
-    centres = queries // ratio
-    spread = max((min(start + tile, n_queries) - 1) // ratio - start // ratio for start in starts)
-    halo = min(spread + window, n_keys)
-    first = (centres[:, 0] - window // 2).clamp(0, n_keys - halo)
-    keys = first[:, None] + torch.arange(halo)
-    return queries, keys, keys[:, None, :] - centres[:, :, None]
+def why_no_triton(q: Tensor, parts: Sequence[Part] = ()) -> str:
+    """What stands in the way of ``impl="triton"`` for such tensors, and what to do; empty where nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (Linux)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not q.is_cuda and not interpreted:
+        return (
+            f"q is on {q.device}: use a GPU, or set TRITON_INTERPRET=1 before Triton is first imported, "
+            "to run the kernels slowly in its interpreter"
+        )
+    known = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.float16, torch.bfloat16)
+    if q.dtype not in known:
+        return f"q is {q.dtype}: use one of {', '.join(map(str, known))}"
+    if q.shape[3] > 128:
+        return f"heads of size {q.shape[3]}: at most 128"
+    if any(isinstance(p.bias, Tensor) and p.bias.requires_grad for p in parts):
+        return "there is no gradient of bias: detach it, or use another impl"
+    if max(x.shape[1] * x.stride(1) for x in (q, *(p.k for p in parts))) >= 2**31:
+        return "a picture of 2 ** 31 numbers or more"
+    return ""
 
 
-def in_window(dy: Tensor, dx: Tensor, window: Size, causal: bool) -> Tensor:
-    """Whether a key that lies ``dy`` rows below and ``dx`` columns right of a query's centre is one to look at."""
-    rows, columns = window
-    seen = (dy >= -(rows // 2)) & (dy < rows - rows // 2) & (dx >= -(columns // 2)) & (dx < columns - columns // 2)
-    return seen & ((dy < 0) | ((dy == 0) & (dx <= 0))) if causal else seen
+def geometry(part: Part, grid: Size, causal: bool, group: int, has_bias: bool) -> list[int]:
+    """How one kind of keys lies, in the order that ``kernels.local_attention`` reads it."""
+    if isinstance(part, Global):  # a row of keys; all queries have their centre at its first, and see it all
+        n = part.k.shape[1]
+        return [1, n, *grid, 0, 0, 0, n - 1, 0, int(has_bias), group]
+    (h, w), (rows, columns) = part.grid, part.window
+    up, left = rows // 2, columns // 2
+    reach = [up, left, rows - up - 1, columns - left - 1]
+    return [h, w, grid[0] // h, grid[1] // w, *reach, int(causal), int(has_bias), group]
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # tables made while drawing serve training too
-def make_tiling(
-    grid: Size, windows: tuple[tuple[Size, Size], ...], n_global: int, causal: bool, tile: Size, device: torch.device
-) -> Tiling:
-    """The tables of one geometry, made once and kept."""
-    ny, nx = -(-grid[0] // tile[0]), -(-grid[1] // tile[1])
-    tile = -(-grid[0] // ny), -(-grid[1] // nx)  # as many tiles, but of even sizes: 15 is 5 + 5 + 5, not 6 + 6 + 3
-    keys, masks, start = [], [], 0
-    for key_grid, window in windows:
-        (_, key_y, dy), (_, key_x, dx) = (cut_axis(*sizes) for sizes in zip(grid, key_grid, tile, window))
-        index = key_y[:, None, :, None] * key_grid[1] + key_x[None, :, None, :]
-        seen = in_window(dy[:, None, :, None, :, None], dx[None, :, None, :, None, :], window, causal)
-        keys.append(start + rearrange(index, "ny nx ky kx -> (ny nx) (ky kx)"))
-        masks.append(rearrange(seen, "ny nx qy qx ky kx -> (ny nx) (qy qx) (ky kx)"))
-        start += key_grid[0] * key_grid[1]
-    keys.append((start + torch.arange(n_global)).expand(ny * nx, -1))
-    masks.append(torch.ones(ny * nx, tile[0] * tile[1], n_global, dtype=torch.bool))
+def fused_kernels(q: Tensor, parts: list[Part], grid: Size, causal: bool, scale: float) -> Tensor:
+    """The same numbers as ``reference``, by the Triton kernels: q (B, T, N, H) -> (B, T, N, H)."""
+    if not len(q):
+        return q.clone()
+    from minicogview.kernels import launch
 
-    (query_y, _, _), (query_x, _, _) = (cut_axis(size, size, edge, 1) for size, edge in zip(grid, tile))
-    queries = rearrange(query_y[:, None, :, None] * grid[1] + query_x[None, :, None, :], "ny nx y x -> (ny nx) (y x)")
-    y, x = torch.arange(grid[0])[:, None], torch.arange(grid[1])
-    in_tile = y % tile[0] * tile[1] + x % tile[1]
-    places = (y // tile[0] * nx + x // tile[1]) * queries.shape[1] + in_tile  # (Hi, Wi)
-    tables = queries, torch.cat(keys, dim=1), torch.cat(masks, dim=2), places.flatten()
-    return Tiling(*(table.to(device) for table in tables))
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's own attention: q (n, t, N, H), k, v (n, s, N, H), mask (1 or n, t, s), bias (n, s) -> (n, t, N, H)."""
-    mask = mask[:, None]
-    if bias is not None:
-        mask = bias[:, None, None].to(q.dtype).masked_fill(~mask, float("-inf"))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():  # there, fusing the way back is slow
-        scores = (q * scale) @ k.transpose(-2, -1)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, s, N, H), counted through the whole batch: index (tiles, n) -> (tiles, n, N, H)."""
-    # Not index_select: on the way back, F.embedding adds whole rows at once.
-    return F.embedding(index, rearrange(x, "b s n h -> (b s) (n h)")).unflatten(-1, x.shape[2:])
-
-
-def attend_tiles(q: Tensor, keys: Keys, tiling: Tiling, which: Tensor, scale: float) -> Tensor:
-    """Some tiles, numbered picture after picture by which (tiles,): (tiles, tile queries, N, H)."""
-    picture, tile = (which // len(tiling.keys))[:, None], which % len(tiling.keys)
-    query_index = picture * q.shape[1] + tiling.queries[tile]
-    key_index = picture * keys.k.shape[1] + tiling.keys[tile]
-    bias = None if keys.bias is None else keys.bias.flatten()[key_index]
-    tile_k, tile_v = gather(keys.k, key_index), gather(keys.v, key_index)
-    return fused(gather(q, query_index), tile_k, tile_v, tiling.mask[tile], bias, scale)
-
-
-def in_chunks(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
-    """All tiles, a few at a time, without gradients: (B * tiles, tile queries, N, H)."""
-    batch, _, n_heads, head_size = q.shape
-    which = torch.arange(batch * len(tiling.keys), device=q.device)
-    chunk = max(1, limit // (2 * tiling.keys.shape[1] * n_heads * head_size * q.element_size()))
-    results = q.new_empty(len(which), tiling.queries.shape[1], n_heads, head_size)
-    for start in range(0, len(which), chunk):
-        results[start : start + chunk] = attend_tiles(q, keys, tiling, which[start : start + chunk], scale)
-    return results
-
-
-def in_groups(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
-    """The same with gradients: a few pictures and heads at a time, because the way back through ``split`` is cheap."""
-    batch, _, n_heads, head_size = q.shape
-    bytes_per_head = tiling.keys.numel() * head_size * q.element_size()  # of one picture
-    pictures = max(1, min(batch, limit // (n_heads * bytes_per_head)))
-    heads = max(1, min(n_heads, limit // (pictures * bytes_per_head)))
-    biases = [None] * max(1, batch) if keys.bias is None else keys.bias.split(pictures)
-    results = []
-    for rows_q, rows_k, rows_v, bias in zip(*(x.split(pictures) for x in (q, keys.k, keys.v)), biases):
-        which = torch.arange(len(rows_q) * len(tiling.keys), device=q.device)
-        cut = zip(*(x.split(heads, dim=2) for x in (rows_q, rows_k, rows_v)))
-        some = [attend_tiles(x, replace(keys, k=k, v=v, bias=bias), tiling, which, scale) for x, k, v in cut]
-        results.append(torch.cat(some, dim=2))
-    return torch.cat(results)
-
-
-def blocked(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> Tensor:
-    """The same numbers as ``reference``: q (B, T, N, H) -> (B, T, N, H), tile by tile."""
-    tile = grid if q.shape[1] <= ONE_TILE_UP_TO else TILE
-    tiling = make_tiling(grid, keys.windows, keys.n_global, causal, tile, q.device)
-    n_tiles, n_queries = tiling.queries.shape
-    if n_tiles == 1:  # it holds everything, in order
-        return fused(q, keys.k, keys.v, tiling.mask, keys.bias, scale)
-    learning = any(x is not None and x.requires_grad for x in (q, keys.k, keys.v, keys.bias))
-    run, limit = (in_groups, TRAINING_BYTES) if learning and torch.is_grad_enabled() else (in_chunks, CHUNK_BYTES)
-    results = run(q, keys, tiling, scale, limit if q.device.type == "cpu" else GPU_FACTOR * limit)
-    places = torch.arange(len(q), device=q.device)[:, None] * n_tiles * n_queries + tiling.places
-    return gather(results, places)
+    keys: list[Tensor] = []
+    biases: list[Tensor] = []
+    places: list[int] = []
+    for part in parts:
+        if not part.k.shape[1]:
+            continue
+        has_bias = not no_bias(part)
+        keys += [part.k, part.v]
+        biases += [key_bias(part, torch.float32).contiguous()] if has_bias else []
+        places += geometry(part, grid, causal, len(q) // len(part.k), has_bias)
+    return launch.attend(q, keys, biases, places, grid, scale)[0]
 
 
 # ---------------------------------------------------------------- the operator
 
 
-def choose_impl(impl: Impl = "auto") -> Impl:
-    """What ``impl`` stands for: itself, or for "auto" what was measured to be the fastest.
+def choose_impl(impl: Impl = "auto", q: Tensor | None = None, parts: Sequence[Part] = ()) -> Impl:
+    """What ``impl`` stands for: itself, or for "auto" what is fastest for such tensors.
 
-    That is "blocked" on grids of every size: on small ones it takes a single tile, dense attention with a mask.
+    On a GPU that is "triton", where its kernels can do it. Elsewhere it is "blocked" on grids of every size: on small
+    ones it takes a single tile, dense attention with a mask.
+
+    Raises:
+        MiniCogViewError: for an unknown name, or for "triton" where it cannot run; the message says why.
     """
     if impl not in get_args(Impl):
         raise MiniCogViewError(f"local_attention: unknown impl {impl!r}: choose one of {', '.join(get_args(Impl))}")
-    return "blocked" if impl == "auto" else impl
+    if impl == "auto":
+        return "triton" if q is not None and q.is_cuda and not why_no_triton(q, parts) else "blocked"
+    if impl == "triton" and q is not None and (reason := why_no_triton(q, parts)):
+        raise MiniCogViewError(f"local_attention: impl='triton' cannot run: {reason}")
+    return impl
 
 
 def check_part(name: str, part: Part, q: Tensor, grid: Size, causal: bool) -> None:
@@ -375,7 +306,7 @@ def local_attention(
         causal: of both grids, keep only the cells before the query's in raster order, and that cell itself. On the
             coarse grid this is the whole cell that contains the query, with the tokens in it that come later.
         scale: factor of the scores, by default ``H ** -0.5``.
-        impl: "auto" (``choose_impl`` says what it takes), "reference" or "blocked".
+        impl: "auto" (``choose_impl`` says what it takes), "reference", "blocked" or "triton".
 
     Returns:
         (B, Hi * Wi, N, H), in the type of ``q``.
@@ -383,7 +314,7 @@ def local_attention(
     Raises:
         MiniCogViewError: when shapes, types, devices or settings do not fit together.
     """
-    chosen = choose_impl(impl)
+    choose_impl(impl)
     if len(grid) != 2 or min(grid) < 1 or q.dim() != 4 or q.shape[1] != grid[0] * grid[1]:
         shape = tuple(q.shape)
         raise MiniCogViewError(f"local_attention: q has shape {shape}, expected (B, Hi * Wi, N, H) with grid {grid}")
@@ -395,6 +326,9 @@ def local_attention(
         raise MiniCogViewError("local_attention: give both k and v, or neither and coarse or global keys instead")
     for name, part in parts.items():
         check_part(name, part, q, grid, causal)
-    keys = collect_keys(list(parts.values()), len(q))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose_impl(impl, q, list(parts.values()))
+    if chosen == "triton":
+        return fused_kernels(q, list(parts.values()), grid, causal, scale)
+    keys = collect_keys(list(parts.values()), len(q))
     return (reference if chosen == "reference" else blocked)(q, keys, grid, causal, scale)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 # Before torch is imported: two threads of one process wait for one another when pytest-xdist fills the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is imported: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

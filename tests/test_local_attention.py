@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minicogview import local_attention as module
+from minicogview import tiles
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import (
     Coarse,
@@ -20,10 +20,10 @@ from minicogview.local_attention import (
     choose_impl,
     collect_keys,
     local_attention,
-    make_tiling,
     window_cells,
     window_mask,
 )
+from minicogview.tiles import make_tiling
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def test_pictures_and_heads_in_groups_give_the_same_gradients(limit: int, monkey
     case = replace(CASES["shared keys"], batch=4, heads=(5, 8))  # 69 kB a head
     leaves = inputs(case)
     expected = gradients(call(case, leaves, "reference"), leaves)
-    monkeypatch.setattr(module, "TRAINING_BYTES", limit)
+    monkeypatch.setattr(tiles, "TRAINING_BYTES", limit)
     for (name, grad), wanted in zip(gradients(call(case, leaves, "blocked"), leaves).items(), expected.values()):
         torch.testing.assert_close(grad, wanted, atol=3e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -231,8 +231,8 @@ def test_any_shape(key_grid, ratio, window, coarse_window, n_text, causal, tile)
     with torch.no_grad():
         expected = call(case, leaves, "reference")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "TILE", tile)
-            patch.setattr(module, "ONE_TILE_UP_TO", 0)
+            patch.setattr(tiles, "TILE", tile)
+            patch.setattr(tiles, "ONE_TILE_UP_TO", 0)
             out = call(case, leaves, "blocked")
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
@@ -348,7 +348,7 @@ def test_what_auto_takes_can_be_asked() -> None:
 
 Q = torch.zeros(2, 24, 2, 8)
 BAD: dict[str, tuple[dict, str]] = {
-    "unknown form": ({"impl": "triton"}, r"unknown impl 'triton': choose one of auto, reference, blocked"),
+    "unknown form": ({"impl": "flash"}, r"unknown impl 'flash': choose one of auto, reference, blocked, triton"),
     "grid": ({"grid": (5, 5)}, r"q has shape \(2, 24, 2, 8\).* grid \(5, 5\)"),
     "grid of nothing": ({"grid": (0, 24)}, r"grid \(0, 24\)"),
     "no heads axis": ({"q": Q.flatten(2)}, r"q has shape \(2, 24, 16\)"),

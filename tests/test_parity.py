@@ -621,7 +621,7 @@ in_both_forms = pytest.mark.parametrize("impl", ["reference", "blocked"])
 @pytest.fixture
 def cut_small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles on the golden files' small grids too, where the blocked form would take one."""
-    monkeypatch.setattr("minicogview.local_attention.ONE_TILE_UP_TO", 0)
+    monkeypatch.setattr("minicogview.tiles.ONE_TILE_UP_TO", 0)
 
 
 class LocalCase:

@@ -1,0 +1,184 @@
+"""Launching the kernels of local attention as PyTorch operators: with gradients, and known to ``torch.compile``.
+
+The idea: PyTorch sees two operators, one for each direction, that take flat lists of tensors and whole numbers; what
+happens inside is Triton's. Tile sizes are tried out on the GPU when a geometry is met for the first time, from a short
+list whose members fit into the registers (``tests/test_kernels.py`` compiles and counts).
+
+Shapes: ``B`` rows of queries, ``b`` of keys, ``T`` query tokens, ``n`` keys of a kind, ``N`` heads, ``H`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from minicogview.kernels import local_attention as kernels
+
+INTERPRETED = not isinstance(kernels.forward, triton.runtime.JITFunction)
+LARGEST_HEAD = 128
+GEO = 11  # numbers that say how one kind of keys lies, in the order of ``kernels.HEIGHT`` to ``kernels.GROUP``
+KEY_NAMES = ("k{}_at", "v{}_at", "bias{}_at", "k{}_row", "k{}_stride", "v{}_row", "v{}_stride")
+
+
+def choices(block: str, tiles: Sequence[tuple[int, int]]) -> list[triton.Config]:
+    """Tile sizes to try: (rows, columns) of a tile, ``block`` keys or queries in a step of its walk, and warps."""
+    return [
+        triton.Config({"TILE_Y": y, "TILE_X": x, block: step}, num_warps=warps, num_stages=stages)
+        for (y, x) in tiles
+        for step, warps, stages in ((32, 4, 2), (64, 4, 2), (64, 8, 3))
+    ]
+
+
+def tuned(kernel: Any, block: str, *tiles: tuple[int, int]) -> Any:
+    """A kernel that picks its tile by trying; the interpreter takes the first."""
+    configs = choices(block, tiles)[: 1 if INTERPRETED else None]
+    geometry = ["GEO"] if "GEO" in kernel.arg_names else ["GEO0", "GEO1", "GEO2"]
+    return triton.autotune(configs, key=[*geometry, "GRID_Y", "GRID_X", "HEADS", "HEAD"])(kernel)
+
+
+forward = tuned(kernels.forward, "KEYS", (8, 8))
+backward_queries = tuned(kernels.backward_queries, "KEYS", (8, 8))
+# Keys of the own grid are many, those of a coarse one few, and a text is one row of them.
+backward_keys: dict[str, Any] = {
+    "own": tuned(kernels.backward_keys, "QUERIES", (8, 8)),
+    "coarse": tuned(kernels.backward_keys, "QUERIES", (4, 4)),
+    "row": tuned(kernels.backward_keys, "QUERIES", (1, 16)),
+}
+
+
+def n_tiles(height: int, width: int, programs: int) -> Callable[[dict[str, int]], tuple[int]]:
+    """The launch grid: one program for each tile of ``programs`` pictures and heads."""
+    return lambda meta: (triton.cdiv(height, meta["TILE_Y"]) * triton.cdiv(width, meta["TILE_X"]) * programs,)
+
+
+def rows_in_place(x: Tensor) -> Tensor:
+    """A view whose heads lie side by side in every token, as the kernels read them; a copy only where they do not."""
+    in_place = x.stride(3) == 1 and x.stride(2) == x.shape[3]
+    return x if in_place else x.contiguous()
+
+
+def sizes(q: Tensor, grid: Sequence[int]) -> dict[str, Any]:
+    """What all kernels must know when they are compiled."""
+    head = q.shape[3]
+    exact = q.dtype == torch.float32 and q.is_cuda and torch.version.hip is None
+    return {
+        "GRID_Y": grid[0],
+        "GRID_X": grid[1],
+        "HEADS": q.shape[2],
+        "HEAD": head,
+        "HEAD_BLOCK": max(16, triton.next_power_of_2(head)),
+        "PRECISION": "tf32x3" if exact else "ieee",  # three products of tensor cores are as good as one in float32
+    }
+
+
+def split(keys: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> list[dict[str, Any]]:
+    """The kernels' arguments of each kind of keys."""
+    kinds, left = [], list(biases)
+    for i in range(len(keys) // 2):
+        k, v, geo = keys[2 * i], keys[2 * i + 1], (*geometry[GEO * i : GEO * (i + 1)],)
+        bias = left.pop(0) if geo[9] else k  # never read then
+        arguments = (k, v, bias, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+        kinds.append({**dict(zip((name.format("") for name in KEY_NAMES), arguments, strict=True)), "GEO": geo})
+    return kinds
+
+
+def side_by_side(kinds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same for the kernels that take all kinds at once; where there are fewer than three, the others are None."""
+    arguments: dict[str, Any] = {}
+    for i in range(3):
+        kind = kinds[i] if i < len(kinds) else {"GEO": None}
+        arguments[f"GEO{i}"] = kind["GEO"]
+        for name in KEY_NAMES:
+            arguments[name.format(i)] = kind.get(name.format(""), 0 if name.endswith(("row", "stride")) else None)
+    return arguments
+
+
+@torch.library.custom_op("minicogview::local_attention", mutates_args=())
+def attend(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    geometry: Sequence[int],
+    grid: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, T, N, H) to up to three kinds of keys under one softmax.
+
+    Args:
+        keys: k, v of the first kind, (b, n, N, H) each, then of the second, ...
+        biases: (b, n) float32 contiguous, of those kinds that have one.
+        geometry: GEO whole numbers for each kind.
+
+    Returns:
+        (B, T, N, H), and log2 of each query's sum of exponentials (B, N, T).
+    """
+    q, keys = rows_in_place(q), [rows_in_place(x) for x in keys]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    log_sum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    if q.numel():
+        forward[n_tiles(grid[0], grid[1], q.shape[0] * q.shape[2])](
+            q, out, log_sum, q.stride(0), q.stride(1), scale,
+            **side_by_side(split(keys, biases, geometry)), **sizes(q, grid),
+        )  # fmt: skip
+    return out, log_sum
+
+
+@attend.register_fake
+def _(q, keys, biases, geometry, grid, scale):  # type: ignore[no-untyped-def]
+    log_sum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), log_sum
+
+
+@torch.library.custom_op("minicogview::local_attention_backward", mutates_args=())
+def attend_backward(
+    d_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    keys: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    geometry: Sequence[int],
+    grid: Sequence[int],
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of q, and of all k and v, in the order of ``keys``."""
+    q, keys, d_out = rows_in_place(q), [rows_in_place(x) for x in keys], d_out.contiguous()
+    d_q, *d_keys = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, *keys))
+    if q.numel():
+        delta, kinds, known = torch.empty_like(log_sum), split(keys, biases, geometry), sizes(q, grid)
+        backward_queries[n_tiles(grid[0], grid[1], q.shape[0] * q.shape[2])](
+            q, out, log_sum, d_out, d_q, delta, q.stride(0), q.stride(1), scale, **side_by_side(kinds), **known
+        )
+        for i, kind in enumerate(kinds):
+            height, width = kind["GEO"][:2]
+            shape = "own" if kind["GEO"][2:4] == (1, 1) else "row" if height == 1 else "coarse"
+            backward_keys[shape][n_tiles(height, width, keys[2 * i].shape[0] * q.shape[2])](
+                q, log_sum, d_out, delta, q.stride(0), q.stride(1), scale,
+                d_k_at=d_keys[2 * i], d_v_at=d_keys[2 * i + 1], **kind, **known,
+            )  # fmt: skip
+    return [d_q, *d_keys]
+
+
+@attend_backward.register_fake
+def _(d_out, q, out, log_sum, keys, biases, geometry, grid, scale):  # type: ignore[no-untyped-def]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, *keys)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, keys, biases, *ctx.settings = inputs
+    ctx.n_keys = len(keys)
+    ctx.save_for_backward(q, *output, *keys, *biases)
+
+
+def _way_back(ctx: Any, d_out: Tensor, d_log_sum: Tensor | None) -> tuple[Any, ...]:
+    q, out, log_sum, *rest = ctx.saved_tensors
+    keys, biases = rest[: ctx.n_keys], rest[ctx.n_keys :]
+    d_q, *d_keys = attend_backward(d_out, q, out, log_sum, keys, biases, *ctx.settings)
+    return d_q, d_keys, [None] * len(biases), None, None, None
+
+
+attend.register_autograd(_way_back, setup_context=_keep)
