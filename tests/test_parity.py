@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -615,7 +616,8 @@ def local_attention_cases() -> list[str]:
     return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ["missing"]
 
 
-in_both_forms = pytest.mark.parametrize("impl", ["reference", "blocked"])
+no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
+in_every_form = pytest.mark.parametrize("impl", ["reference", "blocked", pytest.param("triton", marks=no_triton)])
 
 
 @pytest.fixture
@@ -661,7 +663,7 @@ def test_local_attention_scores(name: str) -> None:
     case.check_gradients(listed, case.golden["grad_scores"], names)
 
 
-@in_both_forms
+@in_every_form
 @pytest.mark.parametrize("name", local_attention_cases())
 def test_local_attention(name: str, impl: Impl, cut_small_grids: None) -> None:
     case = LocalCase(name)
@@ -675,7 +677,7 @@ def test_local_attention(name: str, impl: Impl, cut_small_grids: None) -> None:
     case.check_gradients(out, case.tokens("grad_out"), {"q": "grad_q", "k": "grad_k", "v": "grad_v"})
 
 
-@in_both_forms
+@in_every_form
 def test_local_attention_of_the_direct_model(impl: Impl, cut_small_grids: None) -> None:
     g = golden("sr/attention_dsr_small.safetensors")
     _, n_heads, _, n_text, coarse_edge, edge, kernel, kernel2 = g["meta"].tolist()
@@ -689,7 +691,7 @@ def test_local_attention_of_the_direct_model(impl: Impl, cut_small_grids: None) 
         close(grad, g[f"grad_{name}"])
 
 
-@in_both_forms
+@in_every_form
 def test_local_attention_of_the_iterative_model(impl: Impl, cut_small_grids: None) -> None:
     g = golden("sr/attention_itersr_small.safetensors")
     _, n_heads, _, n_text, edge, kernel = g["meta"].tolist()
@@ -721,7 +723,7 @@ def leaves(g: dict[str, Tensor], level: int, n_heads: int) -> tuple[dict[str, Te
     return stored, (q, k, v)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "blocked"])
+@in_every_form
 def test_sr_attention_of_the_direct_stage(impl: Impl) -> None:
     g = golden("sr/attention_dsr_small.safetensors")
     _, n_heads, size, _, coarse, fine, kernel, kernel2 = g["meta"].tolist()
@@ -739,7 +741,7 @@ def test_sr_attention_of_the_direct_stage(impl: Impl) -> None:
         close(leaf.grad, g[f"grad_{name}"])
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "blocked"])
+@in_every_form
 def test_sr_attention_of_the_iterative_stage(impl: Impl) -> None:
     g = golden("sr/attention_itersr_small.safetensors")
     _, n_heads, size, n_text, edge, kernel = g["meta"].tolist()
