@@ -1,21 +1,29 @@
-"""Local attention on a CPU: the package's two forms against the usual ways of computing it, in one run.
+"""Local attention: the package's forms against the usual ways of computing it, in one run on one device.
 
 All compute the same numbers, which is checked at the start: queries of a fine grid look at 9 x 5 cells of it and at
-5 x 5 cells of a grid three times as coarse, under one softmax, as direct super-resolution does.
+5 x 5 cells of a coarser grid (a third of it each way, a quarter at 128), under one softmax, as direct super-resolution
+does.
 
     unfold      every window copied out with F.unfold, one copy of each key per query that sees it
     reference   ``minicogview.local_attention``, all scores of all pairs, written out
     dense       the same with PyTorch's fused attention and a mask, which is made once and not counted
     flex        PyTorch's FlexAttention, compiled; the compiler's time is not counted, and it has no backward on a CPU
+    xformers    its memory-efficient attention with the dense mask, where it is installed; on a GPU
+    natten      its neighbourhood attention to 9 x 5 own cells alone, where it is installed; on a GPU. Not the same
+                numbers: it has no coarse keys, and at the border it moves windows inwards
     blocked     ``minicogview.local_attention``, tiles and halo
+    triton      ``minicogview.local_attention``, fused kernels; on a GPU
 
-Times are CPU seconds of one thread, medians, taken in turn so that a busy machine slows all of them; what takes more
-than ten seconds is run once. Memory is what the process's peak grew by: the inputs are not counted, the result is. What
-would need more than ``--gigabytes`` is not run, and the table says so.
+On a CPU, times are CPU milliseconds of one thread, medians, taken in turn so that a busy machine slows all of them;
+what takes more than ten seconds is run once. On a GPU they are milliseconds between two events. Memory is what the peak
+grew by: the inputs are not counted, the result is. What would need more than ``--gigabytes`` is not run, and the table
+says so. The floor is what the device could do at best: every input read once and every result written once at the speed
+of a large copy, or the products at that of a large matrix product, whichever takes longer, both measured in this run.
 
     python benchmarks/local_attention.py                    prints the table (about 10 minutes)
     python benchmarks/local_attention.py --json FILE        and writes it
-    python benchmarks/local_attention.py --sides 24 60 96 128 192
+    python benchmarks/local_attention.py --sides 24 60 96 128 192 --device cuda
+    python benchmarks/local_attention.py --draw FILE.json   draws a written table as FILE.png
 """
 
 from __future__ import annotations
@@ -42,8 +50,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from minicogview.local_attention import Coarse, local_attention, window_cells, window_mask
 
-WINDOW, COARSE_WINDOW, RATIO = (9, 5), (5, 5), 3
-NAMES = ["unfold", "reference", "dense", "flex", "blocked"]
+WINDOW, COARSE_WINDOW = (9, 5), (5, 5)
+KEYS_SEEN = WINDOW[0] * WINDOW[1] + COARSE_WINDOW[0] * COARSE_WINDOW[1]
+NAMES = {
+    "cpu": ["unfold", "reference", "dense", "flex", "blocked"],
+    "cuda": ["unfold", "reference", "dense", "flex", "xformers", "natten", "blocked", "triton"],
+}
+OPTIONAL = ("flex", "xformers", "natten")  # others' code: what goes wrong there is told, not raised
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,6 +69,11 @@ class Setting:
     head_size: int
     dtype: str
     backward: bool
+    device: str = "cpu"
+
+    @property
+    def ratio(self) -> int:
+        return 3 if self.side % 3 == 0 else 4
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -63,7 +81,7 @@ class Setting:
 
     @property
     def coarse_grid(self) -> tuple[int, int]:
-        return self.side // RATIO, self.side // RATIO
+        return self.side // self.ratio, self.side // self.ratio
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, coarse k, coarse v -> out
@@ -87,8 +105,9 @@ def unfold_way(setting: Setting) -> Attend:
             for key_grid, window in ((grid, WINDOW), (coarse_grid, COARSE_WINDOW))
         ],
         1,
-    ).T  # (70, T)
-    parent = (torch.arange(grid[0])[:, None] // RATIO * coarse_grid[1] + torch.arange(grid[1]) // RATIO).flatten()
+    ).T.to(setting.device)  # (70, T)
+    up, across = torch.arange(grid[0])[:, None] // setting.ratio, torch.arange(grid[1]) // setting.ratio
+    parent = (up * coarse_grid[1] + across).flatten().to(setting.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:
         q = rearrange(q, "b t n h -> b n h 1 t") * setting.head_size**-0.5
@@ -116,7 +135,7 @@ def dense_way(setting: Setting) -> Attend:
         window_mask(setting.grid, setting.grid, WINDOW),
         window_mask(setting.grid, setting.coarse_grid, COARSE_WINDOW),
     ]
-    mask = torch.cat(masks, 1)
+    mask = torch.cat(masks, 1).to(setting.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:
         keys, values = side_by_side(k, coarse_k), side_by_side(v, coarse_v)
@@ -127,22 +146,54 @@ def dense_way(setting: Setting) -> Attend:
 
 def flex_way(setting: Setting) -> Attend:
     """FlexAttention: the windows as a function of two positions, compiled into the kernel."""
-    side, coarse_side, n = setting.side, setting.side // RATIO, setting.side**2
+    side, ratio, n = setting.side, setting.ratio, setting.side**2
+    coarse_side = side // ratio
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         y, x, coarse_key = query // side, query % side, key - n
         own = ((key // side - y).abs() <= WINDOW[0] // 2) & ((key % side - x).abs() <= WINDOW[1] // 2)
-        dy, dx = coarse_key // coarse_side - y // RATIO, coarse_key % coarse_side - x // RATIO
+        dy, dx = coarse_key // coarse_side - y // ratio, coarse_key % coarse_side - x // ratio
         coarse = (dy.abs() <= COARSE_WINDOW[0] // 2) & (dx.abs() <= COARSE_WINDOW[1] // 2)
         return torch.where(key < n, own, coarse)
 
     torch._dynamo.reset()
-    blocks = create_block_mask(seen, None, None, n, n + coarse_side**2, device="cpu")
+    blocks = create_block_mask(seen, None, None, n, n + coarse_side**2, device=setting.device)
     compiled = torch.compile(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:
         keys, values = side_by_side(k, coarse_k), side_by_side(v, coarse_v)
         return compiled(q.transpose(1, 2), keys, values, block_mask=blocks).transpose(1, 2)
+
+    return attend
+
+
+def xformers_way(setting: Setting) -> Attend:
+    """xformers' memory-efficient attention; the mask is added to the scores."""
+    from xformers.ops import memory_efficient_attention
+
+    n, coarse_n = setting.side**2, setting.coarse_grid[0] ** 2
+    masks = [
+        window_mask(setting.grid, setting.grid, WINDOW),
+        window_mask(setting.grid, setting.coarse_grid, COARSE_WINDOW),
+    ]
+    bias = torch.zeros(n, -(-(n + coarse_n) // 8) * 8, dtype=DTYPES[setting.dtype])  # rows have to be aligned
+    bias[:, : n + coarse_n].masked_fill_(~torch.cat(masks, 1), float("-inf"))
+    bias = bias.to(setting.device)[None, None, :, : n + coarse_n].expand(1, setting.heads, -1, -1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:
+        keys, values = torch.cat([k, coarse_k], 1), torch.cat([v, coarse_v], 1)
+        return memory_efficient_attention(q.contiguous(), keys, values, attn_bias=bias)
+
+    return attend
+
+
+def natten_way(setting: Setting) -> Attend:
+    """NATTEN's neighbourhood attention on the own grid alone."""
+    from natten import na2d
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:
+        pictures = (rearrange(x, "b (y x) n h -> b y x n h", y=setting.side).contiguous() for x in (q, k, v))
+        return na2d(*pictures, kernel_size=WINDOW).flatten(1, 2)
 
     return attend
 
@@ -165,7 +216,10 @@ WAYS: dict[str, Callable[[Setting], Attend]] = {
     "reference": partial(our_way, impl="reference"),
     "dense": dense_way,
     "flex": flex_way,
+    "xformers": xformers_way,
+    "natten": natten_way,
     "blocked": partial(our_way, impl="blocked"),
+    "triton": partial(our_way, impl="triton"),
 }
 
 
@@ -175,19 +229,60 @@ WAYS: dict[str, Callable[[Setting], Attend]] = {
 def gigabytes(name: str, setting: Setting) -> float:
     """Rough need of memory, of those ways whose need grows fast."""
     queries = setting.side**2
-    keys = queries + (setting.side // RATIO) ** 2
+    keys = queries + setting.coarse_grid[0] ** 2
     size = DTYPES[setting.dtype].itemsize
     need = {
         "unfold": queries * 45 * setting.heads * setting.head_size * size * (6 if setting.backward else 2.2),
         "reference": queries * keys * setting.heads * 4 * (5 if setting.backward else 4),
         "dense": queries * keys * (1 + 2 * size),
         "flex": queries * keys * 0.1,
+        "xformers": queries * keys * 2 * size,
     }
     return need.get(name, 0.0) / 1e9
 
 
-def peak_bytes(reset: bool = False) -> int | None:
-    """The most memory this process has held since the last reset; None where the system does not tell."""
+def floor_ms(setting: Setting, bytes_per_s: float, flop_per_s: float) -> float:
+    """The least time that the device could need; the way back reads and computes about two and a half times as much."""
+    row = setting.heads * setting.head_size
+    moved = (4 * setting.side**2 + 2 * setting.coarse_grid[0] ** 2) * row * DTYPES[setting.dtype].itemsize
+    computed = 4 * setting.side**2 * KEYS_SEEN * row
+    return (3.5 if setting.backward else 1) * max(moved / bytes_per_s, computed / flop_per_s) * 1e3
+
+
+def speeds(device: str, dtype: str) -> tuple[float, float]:
+    """Bytes a second of a large copy (read and write both count), and FLOP a second of a large matrix product."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
+    large = torch.empty(2**28 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(large)
+    copy = min(timed(lambda: target.copy_(large), device) for _ in range(5))
+    product = min(timed(lambda: a @ b, device) for _ in range(5))
+    return 2 * large.numel() / copy, 2 * n**3 / product
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call: of the CPU, or between two events on the GPU."""
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def peak_bytes(device: str, reset: bool = False) -> int | None:
+    """The most memory that was held since the last reset; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
     try:
         if reset:
             gc.collect()
@@ -203,29 +298,36 @@ def make_inputs(setting: Setting) -> tuple[Tensor, Tensor]:
     """Both projections, as the layers give them: (1, T, 3, N, H) and (1, S, 2, N, H)."""
     generator, shape = torch.Generator().manual_seed(0), (setting.heads, setting.head_size)
     own = torch.randn(1, setting.side**2, 3, *shape, generator=generator).to(DTYPES[setting.dtype])
-    coarse = torch.randn(1, (setting.side // RATIO) ** 2, 2, *shape, generator=generator).to(DTYPES[setting.dtype])
+    coarse = torch.randn(1, setting.coarse_grid[0] ** 2, 2, *shape, generator=generator).to(DTYPES[setting.dtype])
+    own, coarse = own.to(setting.device), coarse.to(setting.device)
     return own.requires_grad_(setting.backward), coarse.requires_grad_(setting.backward)
 
 
 def run(attend: Attend, setting: Setting, own: Tensor, coarse: Tensor, direction: Tensor) -> tuple[float, Tensor]:
-    """CPU seconds of one call, and its result."""
+    """Seconds of one call, and its result."""
     own.grad = coarse.grad = None
-    start = time.process_time()
-    with torch.set_grad_enabled(setting.backward):
-        out = attend(*own.unbind(2), *coarse.unbind(2))
-    if setting.backward:
-        out.backward(direction)
-    return time.process_time() - start, out.detach()
+    results = []
+
+    def work() -> None:
+        with torch.set_grad_enabled(setting.backward):
+            out = attend(*own.unbind(2), *coarse.unbind(2))
+        if setting.backward:
+            out.backward(direction)
+        results.append(out.detach())
+
+    return timed(work, setting.device), results[0]
 
 
-def measure(setting: Setting, rounds: int, limit: float) -> list[dict]:
+def measure(setting: Setting, rounds: int, limit: float, floor: float) -> list[dict]:
     """One row for every way: milliseconds, extra memory, or why it was not run."""
     own, coarse = make_inputs(setting)
     direction = torch.ones(1, setting.side**2, setting.heads, setting.head_size, dtype=own.dtype)
-    rows, ways, expected = {}, {}, None
-    for name in reversed(NAMES):  # first run: checks the result, compiles, fills caches, and measures memory
+    direction = direction.to(setting.device)
+    rows, ways, expected, names = {}, {}, None, NAMES[setting.device]
+    for name in reversed(names):  # first run: checks the result, compiles, fills caches, and measures memory
         rows[name] = row = {"name": name, **asdict(setting), "ms": None, "runs": 0, "extra_gb": None, "note": ""}
-        if name == "flex" and setting.backward:
+        row["floor_ms"] = round(floor, 4)
+        if name == "flex" and setting.backward and setting.device == "cpu":
             row["note"] = "not measured: no backward pass on a CPU"
             continue
         if gigabytes(name, setting) > limit:
@@ -233,25 +335,27 @@ def measure(setting: Setting, rounds: int, limit: float) -> list[dict]:
             continue
         try:
             attend = WAYS[name](setting)
-            if name in ("blocked", "flex"):  # tables and compiled code are made once
+            if name in ("blocked", "flex", "triton"):  # tables and compiled code are made once
                 run(attend, setting, own, coarse, direction)
             own.grad = coarse.grad = None
-            before = peak_bytes(reset=True)
+            before = peak_bytes(setting.device, reset=True)
             seconds, out = run(attend, setting, own, coarse, direction)
-            after = peak_bytes()
+            after = peak_bytes(setting.device)
         except Exception as error:
-            if name != "flex":
+            if name not in OPTIONAL:
                 raise
-            row["note"] = f"not measured: cannot be compiled here ({type(error).__name__})"
+            here = "is not installed" if isinstance(error, ImportError) else f"fails here ({type(error).__name__})"
+            row["note"] = f"not measured: {here}"
             continue
         expected = out if expected is None else expected
         tolerance = 1e-4 if setting.dtype == "f32" else 5e-2
-        assert (out - expected).abs().max() < tolerance, f"{name} computes something else"
+        same = name == "natten" or (out - expected).abs().max() < tolerance
+        assert same, f"{name} computes something else"
         ways[name], row["seconds"] = attend, [seconds]
         if before is not None and after is not None:
             row["extra_gb"] = round((after - before) / 1e9, 3)
         del out
-    for _ in range(rounds):
+    for _ in range(rounds if setting.device == "cpu" else 10 * rounds):
         for name, attend in ways.items():
             if rows[name]["seconds"][0] < 10:
                 rows[name]["seconds"].append(run(attend, setting, own, coarse, direction)[0])
@@ -259,19 +363,52 @@ def measure(setting: Setting, rounds: int, limit: float) -> list[dict]:
         seconds = row.pop("seconds", [])
         seconds = seconds[1:] or seconds  # the first run warms up, unless it is the only one
         if seconds:
-            row["ms"], row["runs"] = round(statistics.median(seconds) * 1e3, 2), len(seconds)
+            row["ms"], row["runs"] = round(statistics.median(seconds) * 1e3, 4), len(seconds)
     for row in rows.values():
         for other in ("unfold", "dense"):
             both = rows[other]["ms"] and row["ms"]
             row[f"faster_than_{other}"] = round(rows[other]["ms"] / row["ms"], 2) if both else None
-    return [rows[name] for name in NAMES]
+    return [rows[name] for name in names]
 
 
-def settings(sides: list[int]) -> list[Setting]:
-    """The toy's sizes, then those of the 6B model: all heads forward, a quarter of them forward and backward."""
-    toy = [Setting(24, 6, 48, "f32", backward) for backward in (False, True)]
+def settings(sides: list[int], device: str) -> list[Setting]:
+    """The toy's sizes, then those of the 6B model; on a CPU a quarter of the heads forward and backward."""
+    toy = [Setting(24, 6, 48, "f32", backward, device) for backward in (False, True)]
     kinds = [(48, "f32", False), (48, "bf16", False), (12, "f32", True)]
-    return toy + [Setting(side, heads, 64, dtype, back) for side in sides for heads, dtype, back in kinds]
+    if device == "cuda":
+        kinds = [(48, "f32", False), (48, "bf16", False), (48, "bf16", True)]
+    return toy + [Setting(side, heads, 64, dtype, back, device) for side in sides for heads, dtype, back in kinds]
+
+
+def draw(table: Path) -> Path:
+    """Time and memory against the number of tokens, from a written table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    facts = json.loads(table.read_text())
+    rows = [row for row in facts["rows"] if row["ms"] is not None and row["head_size"] == 64 and not row["backward"]]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for column, dtype in enumerate(("f32", "bf16")):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            some = [row for row in rows if row["dtype"] == dtype and row["name"] == name]
+            sides = [row["side"] for row in some]
+            axes[0, column].loglog(sides, [row["ms"] for row in some], marker="o", label=name)
+            axes[1, column].loglog(sides, [max(row["extra_gb"] or 0, 1e-3) for row in some], marker="o", label=name)
+        axes[0, column].set_title(f"{dtype}, 48 heads of 64, forward", fontsize=10)
+        axes[1, column].set_xlabel("tokens a side")
+        for axis in axes[:, column]:
+            axis.set_xticks(sorted({row["side"] for row in rows}), sorted({row["side"] for row in rows}))
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("milliseconds")
+    axes[1, 0].set_ylabel("extra memory, GB (0.001 and less as 0.001)")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=9)
+    path = table.with_suffix(".png")
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def show(value: float | None, form: str) -> str:
@@ -282,28 +419,40 @@ def main() -> None:
     """Measure every setting, print its rows as they come, and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the table here")
-    parser.add_argument("--sides", type=int, nargs="+", default=[24, 60, 96], help="multiples of 3")
+    parser.add_argument("--sides", type=int, nargs="+", default=[24, 60, 96], help="multiples of 3 or 4")
+    parser.add_argument("--device", choices=list(NAMES), default="cpu")
+    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="draw a written table instead")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="the most memory that one way may take")
     args = parser.parse_args()
+    if args.draw:
+        print(draw(args.draw))
+        return
     torch.set_num_threads(1)
+    on_cpu = args.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU that PyTorch can use")
+    cpu = f"CPU, {platform.machine()}, 1 thread of {os.cpu_count()}, {torch.backends.cpu.get_cpu_capability()}"
     facts = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, 1 thread of {os.cpu_count()}",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "gpu": "not measured",
+        "device": cpu if on_cpu else torch.cuda.get_device_name(),
+        "gpu": "not measured" if on_cpu else "measured",
     }
+    peak = {dtype: speeds(args.device, dtype) for dtype in DTYPES}
+    for dtype, (bytes_per_s, flop_per_s) in peak.items():
+        facts[dtype] = f"copies {bytes_per_s / 1e9:.1f} GB/s, products {flop_per_s / 1e9:.0f} GFLOP/s"
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     rows = []
-    for setting in settings(args.sides):
+    for setting in settings(args.sides, args.device):
         direction = "forward + backward" if setting.backward else "forward"
         what = f"{setting.heads} heads of {setting.head_size}, {setting.dtype}, {direction}"
-        print(f"\n{setting.side} x {setting.side}, {what}")
-        print(f"{'':10} {'CPU ms':>10} {'runs':>5} {'extra GB':>9} {'x unfold':>9} {'x dense':>8}")
-        for row in measure(setting, args.rounds, args.gigabytes):
+        floor = floor_ms(setting, *peak[setting.dtype])
+        print(f"\n{setting.side} x {setting.side}, {what}; floor {floor:.3f} ms")
+        print(f"{'':10} {'ms':>10} {'runs':>5} {'extra GB':>9} {'x unfold':>9} {'x dense':>8}")
+        for row in measure(setting, args.rounds, args.gigabytes, floor):
             numbers = (
-                f"{show(row['ms'], '>10.1f')} {row['runs']:>5} {show(row['extra_gb'], '>9.3f')} "
+                f"{show(row['ms'], '>10.3f')} {row['runs']:>5} {show(row['extra_gb'], '>9.3f')} "
                 f"{show(row['faster_than_unfold'], '>9.1f')} {show(row['faster_than_dense'], '>8.1f')}"
             )
             print(f"{row['name']:10} {row['note'] or numbers}", flush=True)

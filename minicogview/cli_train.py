@@ -118,7 +118,7 @@ class StageRun:
 
 
 Options = Annotated[StageRun, tyro.conf.arg(name="")]  # options without a prefix
-DIRECT, ITERATIVE = StageRun(steps=4200, lr=4e-3), StageRun(steps=4000, lr=2e-3)
+DIRECT, ITERATIVE = StageRun(steps=4200, lr=4e-3), StageRun(steps=4500, lr=3e-3)
 
 
 def train_direct(run: Options = DIRECT) -> int:
