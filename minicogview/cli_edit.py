@@ -67,6 +67,7 @@ def edit(
     source: Weights = SHIPPED,
     mask: OptionalFile = None,
     box: OptionalBox = None,
+    context: float = 20 / 14,
     drawing: Options = DEFAULTS,
 ) -> int:
     """Draw a part of a picture anew, as a text says. Pixels outside of that part stay as they are.
@@ -76,6 +77,7 @@ def edit(
         picture: a picture file of any size.
         mask: a picture of the same size; what is white in it is drawn anew.
         box: in place of a mask: a rectangle, in fractions of the picture's height and width, from 0 to 1.
+        context: side of the square that the models see / longer side of the mask.
     """
     if (mask is None) == (box is None):
         raise MiniCogViewError("say what to draw anew: either --mask FILE or --box TOP LEFT BOTTOM RIGHT")
@@ -88,7 +90,7 @@ def edit(
 
     image = to_image(picture)
     chosen = box_mask((image.height, image.width), box) if box is not None else open_picture(mask or "")
-    pictures = model.edit(text, image, chosen, **drawing.arguments())
+    pictures = model.edit(text, image, chosen, context=context, **drawing.arguments())
     return report_files(pictures, "edit", drawing)
 
 

@@ -9,8 +9,8 @@ a square mask covers 14 of the 20 tokens along each side.
 
 Shapes: a picture has H x W pixels; a box is (top, left, bottom, right), the last two not included.
 
-Different on purpose: masks may be painted, pictures need not be square; where a mask is so thin that no token's middle
-lies under it, the tokens that it touches are drawn anew instead of none.
+A token is drawn anew when its first pixel is marked, as in the original. Different on purpose: masks may be painted,
+pictures need not be square; where a mask is so thin that this chooses no token, those that it touches are drawn anew.
 """
 
 from __future__ import annotations
@@ -81,7 +81,12 @@ def crop_box(mask: Tensor, context: float = CONTEXT, least: int = 1) -> Box:
 
     Args:
         context: side of the square / longer side of the mask. least: pixels that a side has at least.
+
+    Raises:
+        MiniCogViewError: if ``context`` is below 1.
     """
+    if not context >= 1:
+        raise MiniCogViewError(f"context is {context}: use 1 (the mask alone) or more")
     sizes, inner = tuple(mask.shape), inner_box(mask)
     longer = max(inner[2] - inner[0], inner[3] - inner[1])
     side = max(int(longer * context), least)

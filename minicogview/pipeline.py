@@ -28,7 +28,7 @@ from torch import Tensor
 from minicogview.checkpoint import load_vqvae
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig
-from minicogview.editing import Mask, crop_box, paste, to_mask, token_region
+from minicogview.editing import CONTEXT, Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
 from minicogview.loading import check_fit, find_folder, load_stages, preset_of
 from minicogview.offload import Offload
@@ -273,6 +273,7 @@ class CogView2:
         n: int = 1,
         seed: int = 0,
         stages: int | None = None,
+        context: float = CONTEXT,
         **sampling: float,
     ) -> Pictures:
         """Draw what a mask marks anew, in a picture of any size; pixels outside of the mask stay as they are.
@@ -282,16 +283,18 @@ class CogView2:
             picture: file, PIL image, or tensor (3, H, W).
             mask: array or tensor (H, W), or a picture of that size; see ``editing.to_mask``.
             n, seed, sampling: as for ``complete``. stages: as for ``generate``.
+            context: side of the cut-out / longer side of the mask: more of it shows the models more surroundings.
 
         Returns:
             whole pictures, after each stage; their ``tokens`` are those of the cut-out.
 
         Raises:
-            MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing.
+            MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing, or
+                context is below 1.
         """
         image = to_image(picture)
         chosen = to_mask(mask, (image.height, image.width))
-        top, left, bottom, right = box = crop_box(chosen, least=self.grid)
+        top, left, bottom, right = box = crop_box(chosen, context, self.grid)
         stages, cut, hole = self._stages(stages), image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
         drawn = self.complete(text, self.codes(cut), token_region(hole, self.grid), n, seed, **sampling)
         if stages > 1 and self.sharpener is not None:

@@ -53,6 +53,10 @@ def test_context_around_the_mask() -> None:
     assert crop_box(box_mask((100, 100), 40, 40, 54, 54)) == (36, 36, 56, 56)  # 14 of 20 pixels
     assert crop_box(box_mask((100, 100), 0, 90, 14, 100)) == (0, 80, 20, 100)  # moved inside
     assert crop_box(box_mask((100, 300), 10, 20, 90, 260)) == (0, 0, 100, 300)  # wider than the picture is high
+    assert crop_box(box_mask((100, 100), 40, 40, 60, 60), context=3) == (19, 19, 79, 79)
+    for context in (0.9, float("nan")):
+        with pytest.raises(MiniCogViewError, match=f"context is {context}: use 1"):
+            crop_box(box_mask((9, 9), 1, 1, 2, 2), context)
 
 
 def test_masks_of_every_kind() -> None:
