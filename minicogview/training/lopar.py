@@ -3,9 +3,9 @@
 The idea: masks of all the kinds that it will meet. Half of them are rounds of the schedule, moved to a random place;
 the others are cells drawn at random, few or many. The cells in view are, three times of four, not the true ones but
 what the direct stage made of the picture ("drafts"): a model that has only seen true neighbours takes a draft's
-mistakes for facts. A model that is told what stood in a masked cell gets the draft's code there, or that of the enlarged
-coarse picture, never the true one. The original's authors never published this part. CogView2 (arXiv 2204.14217),
-section 3.3.
+mistakes for facts. A model that is told what stood in a masked cell gets the draft's code there, or that of the
+enlarged coarse picture, never the true one. The original's authors never published this part. CogView2 (arXiv
+2204.14217), section 3.3.
 
 Shapes: ``N`` pictures, ``F`` fine tokens of a picture, ``B`` batch, ``K`` codebook size.
 """
