@@ -1,17 +1,14 @@
-"""Weights on disk: our own safetensors files, and the released SwissArmyTransformer (SAT) folders.
+"""Weights on disk: safetensors files that describe themselves.
 
-The idea: a file of ours describes itself (its configuration is JSON in the header), so nothing is guessed from
-names, and nothing loaded can run code: safetensors holds only tensors, and SAT files are opened with
-``weights_only=True``. The official parameter names live here and nowhere else.
-
-Mirrors: the checkpoint layout that SwissArmyTransformer 0.2.1 writes (``latest``, ``ITERATION/mp_rank_00_...``).
+The idea: the configuration is JSON in the file's header, so nothing is guessed from names, and nothing that is loaded
+can run code: safetensors holds only tensors. Large models are cut in several files with an index beside them
+(``shards.py``); the released checkpoints are read by ``sat.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +22,7 @@ from torch import Tensor, nn
 from minicogview.coglm import CogLM
 from minicogview.config import (
     CogLMConfig,
-    LayoutConfig,
-    SpecialIds,
     SuperResolutionConfig,
-    TransformerConfig,
     VQVAEConfig,
     from_json,
     to_json,
@@ -45,28 +39,6 @@ CONFIG_TYPES = {
     "direct": SuperResolutionConfig,
     "iterative": SuperResolutionConfig,
 }
-
-# Ours on the left, SwissArmyTransformer's on the right; {} is the layer's number.
-SAT_NAMES = {
-    "token_embedding": "word_embeddings",
-    "position_embedding": "position_embeddings",
-    "final_norm": "final_layernorm",
-    "layers.{}.attention_norm": "layers.{}.input_layernorm",
-    "layers.{}.attention_out_norm": "layers.{}.third_layernorm",
-    "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
-    "layers.{}.mlp_out_norm": "layers.{}.fourth_layernorm",
-    "layers.{}.attention.qkv": "layers.{}.attention.query_key_value",
-    "layers.{}.attention.out": "layers.{}.attention.dense",
-    "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
-    "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
-}
-# What the super-resolution stages have beside the transformer.
-SAT_MIXINS = {
-    "fine_position": "extra_position_embedding.position_embeddings",
-    "fine_attention.{}.qkv": "attention_plus.query_key_value.{}",
-    "fine_attention.{}.out": "attention_plus.dense.{}",
-}
-
 
 def save_model(
     path: str | Path,
@@ -207,67 +179,3 @@ def load_iterative(path: str | Path) -> IterativeSR:
     model = IterativeSR(config).eval()
     load_into(model, state, path)
     return model
-
-
-def sat_to_ours(name: str) -> str:
-    """Our name of a SAT parameter, such as ``transformer.layers.3.mlp.dense_h_to_4h.bias``.
-
-    Raises:
-        MiniCogViewError: if no CogView2 model has a parameter of this name.
-    """
-    names = SAT_MIXINS if name.startswith("mixins.") else SAT_NAMES
-    body, leaf = name.removeprefix("mixins.").removeprefix("transformer.").rsplit(".", 1)
-    number = next((part for part in body.split(".") if part.isdigit()), "")
-    pattern = ".".join("{}" if part.isdigit() else part for part in body.split("."))
-    for ours, theirs in names.items():
-        if theirs == pattern:
-            return f"{ours.format(number)}.{leaf}"
-    raise MiniCogViewError(f"checkpoint parameter {name} is not known: is this a CogView2 checkpoint?")
-
-
-def read_sat(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Open a released checkpoint folder of one model-parallel rank.
-
-    Returns:
-        the sizes from ``model_config.json`` and the ``module`` dictionary with its official names.
-
-    Raises:
-        MiniCogViewError: if a file is missing or unreadable, or the checkpoint has several ranks.
-    """
-    folder = Path(folder)
-    try:
-        sizes = json.loads((folder / "model_config.json").read_text())
-        iteration = (folder / "latest").read_text().strip()
-        path = folder / iteration / "mp_rank_00_model_states.pt"
-        if (path.parent / "mp_rank_01_model_states.pt").exists():
-            raise MiniCogViewError(f"{path.parent} has several model-parallel ranks: merge them first")
-        module = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["module"]
-    except MiniCogViewError:
-        raise
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise MiniCogViewError(f"cannot read the checkpoint folder {folder}: {error}".splitlines()[0]) from None
-    return sizes, module
-
-
-def sat_transformer(module: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's part of a SAT ``module`` dictionary under our names (mixins are left out)."""
-    return {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("transformer.")}
-
-
-def sat_super_resolution(module: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A super-resolution stage's SAT ``module`` dictionary under the names of ``DirectSR`` or ``IterativeSR``."""
-    base = {f"base.{name}": value for name, value in sat_transformer(module).items()}
-    return base | {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("mixins.")}
-
-
-def sat_config(sizes: dict, ids: SpecialIds, layout: LayoutConfig, n_codes: int) -> CogLMConfig:
-    """Our configuration for the sizes in a SAT ``model_config.json``."""
-    transformer = TransformerConfig(
-        n_layers=sizes["num_layers"],
-        d_model=sizes["hidden_size"],
-        n_heads=sizes["num_attention_heads"],
-        vocab_size=sizes["vocab_size"],
-        max_positions=sizes["max_sequence_length"],
-        norm="sandwich" if sizes.get("layernorm_order") == "sandwich" else "pre",
-    )
-    return CogLMConfig(transformer, layout, ids, n_codes)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minicogview
-from minicogview import checkpoint, editing, masking, sampling
+from minicogview import checkpoint, editing, masking, sampling, sat
 from minicogview.coglm import Batch, CogLM
 from minicogview.config import (
     CogLMConfig,
@@ -277,14 +277,15 @@ def golden_layout() -> LayoutConfig:
 @pytest.fixture(scope="module")
 def coglm() -> CogLM:
     """The golden checkpoint, opened the way that a released one is. Only <start_of_image> has an id there."""
-    sizes, module = checkpoint.read_sat(GOLDEN / "coglm/coglm")
+    released = sat.SatFolder(GOLDEN / "coglm/coglm")
+    sizes, module = released.sizes, {name: released.tensor(name) for name in released.shapes}
     config = golden("coglm/config.json")
     assert (config["layers"], config["hidden"]) == (sizes["num_layers"], sizes["hidden_size"])
     assert (config["heads"], config["vocab"]) == (sizes["num_attention_heads"], sizes["vocab_size"])
     ids = SpecialIds(pad=0, boi=config["boi"], boe=0, boc=0)
     n_codes = min(RELEASED.vqvae.codebook_size, sizes["vocab_size"])  # a small table is not restricted
-    model = CogLM(checkpoint.sat_config(sizes, ids, golden_layout(), n_codes)).eval()
-    checkpoint.load_into(model.transformer, checkpoint.sat_transformer(module), "golden checkpoint")
+    model = CogLM(sat.sat_config(sizes, ids, golden_layout(), n_codes)).eval()
+    checkpoint.load_into(model.transformer, sat.sat_transformer(module), "golden checkpoint")
     return model
 
 
@@ -456,7 +457,7 @@ def test_coglm_inverse_prompt_in_one_forward_pass(coglm: CogLM) -> None:
 
 def parameters(g: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights stored in a golden file, under our names."""
-    return checkpoint.sat_transformer(
+    return sat.sat_transformer(
         {k.removeprefix("param."): v for k, v in g.items() if k.startswith("param.")}
     )
 
@@ -478,7 +479,7 @@ def own_model(prefix: str, g: dict[str, Tensor], n_codes: int) -> CogLM:
 
 def gradients(g: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What is stored under a prefix, under our names."""
-    return {checkpoint.sat_to_ours(k.removeprefix(prefix)): v for k, v in g.items() if k.startswith(prefix)}
+    return {sat.sat_to_ours(k.removeprefix(prefix)): v for k, v in g.items() if k.startswith(prefix)}
 
 
 def test_coglm_training_step() -> None:
@@ -765,7 +766,8 @@ def test_sr_position_start_values() -> None:
 
 def stage_config(name: str) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
     """Sizes and weights of a golden super-resolution checkpoint, opened the way that a released one is."""
-    sizes, module = checkpoint.read_sat(GOLDEN / "sr" / f"cogview2-{name}")
+    released = sat.SatFolder(GOLDEN / "sr" / f"cogview2-{name}")
+    sizes = released.sizes
     golden_sizes = golden("sr/config.json")
     assert (sizes["num_layers"], sizes["hidden_size"]) == (golden_sizes["layers"], golden_sizes["hidden"])
     ids, layout = SpecialIds(pad=0, boi=golden_sizes["boi"], boe=0, boc=0), golden_layout()
@@ -773,9 +775,11 @@ def stage_config(name: str) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
     slots = golden_sizes[f"{name}_layout"]  # text, then (direct: low level and) everything
     factor = math.isqrt((slots[-1] - slots[-2]) // layout.n_image)
     kernel, kernel2 = golden_sizes["kernel_size"], golden_sizes["kernel_size2"]
-    coglm, window = checkpoint.sat_config(sizes, ids, layout, n_codes), (2 * kernel - 1, kernel)
+    coglm, window = sat.sat_config(sizes, ids, layout, n_codes), (2 * kernel - 1, kernel)
     config = SuperResolutionConfig(coglm, slots[0], factor, window, (kernel2, kernel2))
-    return config, checkpoint.sat_super_resolution(module)
+    prefix = {ours: "" if ours.startswith("fine_") else "base." for ours in map(sat.sat_to_ours, released.shapes)}
+    names = {name: sat.sat_to_ours(name) for name in released.shapes}
+    return config, {prefix[ours] + ours: released.tensor(name) for name, ours in names.items()}
 
 
 @pytest.fixture(scope="module")
