@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from minicogview.config import (
 )
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
+from minicogview.shards import INDEX, Shards
 from minicogview.super_resolution import DirectSR
 from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
@@ -72,8 +74,12 @@ def save_model(
 
 @contextlib.contextmanager
 def open_weights(path: str | Path) -> Iterator[Any]:
-    """A weight file, opened; a clear error if it is missing or damaged, now or while it is read."""
+    """A weight file, opened, or several with an index; a clear error if it is missing or damaged, now or later."""
     path = Path(path)
+    index = path.with_suffix(INDEX)
+    if not path.is_file() and index.is_file():
+        yield Shards(index)
+        return
     if not path.is_file():
         raise MiniCogViewError(f"weight file {path} is missing: install the package again or pass another folder")
     try:
@@ -92,8 +98,18 @@ def load_config(path: str | Path, kind: str) -> Any:
     return from_json(CONFIG_TYPES[kind], metadata["config"])
 
 
-def load_weights(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and float32 weights of a file that ``save_model`` wrote.
+def has_weights(path: str | Path) -> bool:
+    """Whether there is such a weight file, or several with an index in its place."""
+    return Path(path).is_file() or Path(path).with_suffix(INDEX).is_file()
+
+
+def load_weights(
+    path: str | Path, kind: str, dtype: torch.dtype | None = torch.float32
+) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and weights of a file that ``save_model`` or ``minicogview import`` wrote.
+
+    Args:
+        dtype: of the floating-point weights; None leaves them as they are stored, mapped into memory and not read.
 
     Raises:
         MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
@@ -101,11 +117,15 @@ def load_weights(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor]]:
     config = load_config(path, kind)
     with open_weights(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return config, {k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Put weights into a model, refusing missing or unexpected names and wrong shapes by name."""
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
+    """Put weights into a model, refusing missing or unexpected names and wrong shapes by name.
+
+    Args:
+        assign: make these very tensors the model's own, instead of copying them.
+    """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     both = sorted(own.keys() & state.keys())
@@ -115,7 +135,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
             f"{source} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
             f"wrong shapes {shapes[:5]}"
         )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 def load_vqvae(path: str | Path) -> VQVAE:
@@ -126,16 +146,26 @@ def load_vqvae(path: str | Path) -> VQVAE:
     return model
 
 
-def load_coglm(path: str | Path) -> CogLM:
+def load_coglm(path: str | Path, dtype: torch.dtype | None = torch.float32) -> CogLM:
     """The first stage in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
-    config, state = load_weights(path, "coglm")
-    model = CogLM(config).eval()
-    load_into(model, state, path)
+    config, state = load_weights(path, "coglm", dtype)
+    with torch.device("meta"):
+        model = CogLM(config).eval()
+    load_into(model, state, path, assign=True)
+    model.transformer.identity = identity(path)
     return model
 
 
-def fingerprint(model: nn.Module) -> str:
+def identity(path: str | Path) -> str:
+    """What tells the weights of an index from others, by its checksums; empty for a single file."""
+    index = Path(path).with_suffix(INDEX)
+    return hashlib.sha256(json.dumps(Shards(index).sha256).encode()).hexdigest()[:16] if index.is_file() else ""
+
+
+def fingerprint(model: Transformer) -> str:
     """What tells one set of weights from another: a hash of them, rounded to half precision as files keep them."""
+    if model.identity:
+        return model.identity
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
@@ -147,35 +177,56 @@ def save_direct(path: str | Path, model: DirectSR) -> None:
     save_model(path, model, model.config, "direct", leave_out="base.", base=fingerprint(model.base))
 
 
-def load_direct_part(path: str | Path, base: Transformer) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
-    """Configuration of direct super-resolution, and the weights that it has beside CogLM's transformer.
+def load_part(
+    path: str | Path, kind: str, base: Transformer | None, dtype: torch.dtype | None = torch.float32
+) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
+    """Configuration and weights of a super-resolution stage, those included that only CogLM's file has.
+
+    Args:
+        base: CogLM's transformer, for a stage that shares weights with it.
 
     Raises:
-        MiniCogViewError: as ``load_weights`` does; or if it was trained on top of other weights.
+        MiniCogViewError: as ``load_weights`` does; or if it belongs to other weights of CogLM.
     """
-    config, state = load_weights(path, "direct")
+    config, state = load_weights(path, kind, dtype)
     with open_weights(path) as file:
-        trained_on = file.metadata().get("base")
-    if base.config != config.coglm.transformer or trained_on != fingerprint(base):
+        facts = file.metadata()
+    trained_on = facts.get("base")
+    if trained_on and (base is None or base.config != config.coglm.transformer or trained_on != fingerprint(base)):
         raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
+    if base is not None and trained_on:
+        weights = {f"base.{name}": value for name, value in base.state_dict().items()}
+        shared = json.loads(facts["same_as_coglm"]) if "same_as_coglm" in facts else list(weights)
+        state |= {name: weights[name] for name in shared}
     return config, state
 
 
-def load_direct(path: str | Path, base: Transformer) -> DirectSR:
+def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None = torch.float32) -> DirectSR:
     """Direct super-resolution on top of CogLM's transformer, in eval mode.
 
+    The transformer is shared as a whole where all of its weights are CogLM's, and else weight by weight.
+
     Raises:
-        MiniCogViewError: as ``load_direct_part`` and ``load_into`` do.
+        MiniCogViewError: as ``load_part`` and ``load_into`` do.
     """
-    config, state = load_direct_part(path, base)
-    model = DirectSR(config, base).eval()
-    load_into(model, state | {f"base.{name}": value for name, value in base.state_dict().items()}, path)
+    config, state = load_part(path, "direct", base, dtype)
+    own = {f"base.{name}": value.data_ptr() for name, value in base.state_dict().items()}
+    if all(name in state and state[name].data_ptr() == place for name, place in own.items()):
+        model = DirectSR(config, base).eval()
+        load_into(model, state, path)
+        return model
+    with torch.device("meta"):
+        model = DirectSR(config).eval()
+    load_into(model, state, path, assign=True)
     return model
 
 
-def load_iterative(path: str | Path) -> IterativeSR:
-    """Iterative super-resolution, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
-    config, state = load_weights(path, "iterative")
-    model = IterativeSR(config).eval()
-    load_into(model, state, path)
+def load_iterative(
+    path: str | Path, base: Transformer | None = None, dtype: torch.dtype | None = torch.float32
+) -> IterativeSR:
+    """Iterative super-resolution, in eval mode; raises as ``load_part`` and ``load_into`` do."""
+    config, state = load_part(path, "iterative", base, dtype)
+    with torch.device("meta"):
+        model = IterativeSR(config).eval()
+    load_into(model, state, path, assign=True)
     return model

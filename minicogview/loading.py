@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from minicogview.checkpoint import (
+    has_weights,
     load_coglm,
     load_config,
     load_direct,
-    load_direct_part,
     load_iterative,
+    load_part,
     load_weights,
 )
 from minicogview.coglm import CogLM
@@ -88,21 +89,25 @@ def load_stages(folder: Path, device: str = "cpu", one_by_one: bool = False) -> 
     first, second, third = (folder / f"{name}.safetensors" for name in ("coglm", "direct", "iterative"))
     if not one_by_one:
         coglm = load_coglm(first).to(device)
-        if not second.exists():
+        if not has_weights(second):
             return Stages(coglm)
-        iterative = load_iterative(third).to(device) if third.exists() else None
+        iterative = load_iterative(third, coglm.transformer).to(device) if has_weights(third) else None
         return Stages(coglm, load_direct(second, coglm.transformer).to(device), iterative)
 
     with torch.device("meta"):
         coglm = CogLM(load_config(first, "coglm")).eval()
         offload = Offload({"coglm": coglm}, {"coglm": lambda: load_weights(first, "coglm")[1]}, device)
-        if not second.exists():
+        if not has_weights(second):
             return Stages(coglm, offload=offload)
         direct, iterative = DirectSR(load_config(second, "direct"), coglm.transformer).eval(), None
         own = nn.ModuleDict({name: part for name, part in direct.named_children() if name != "base"})
         offload.modules["direct"] = own
-        offload.read["direct"] = lambda: load_direct_part(second, coglm.transformer)[1]
-        if third.exists():
+        offload.read["direct"] = lambda: {
+            name: value
+            for name, value in load_part(second, "direct", coglm.transformer)[1].items()
+            if not name.startswith("base.")
+        }
+        if has_weights(third):
             iterative = IterativeSR(load_config(third, "iterative")).eval()
             offload.modules["iterative"] = iterative
             offload.read["iterative"] = lambda: load_weights(third, "iterative")[1]

@@ -1,0 +1,156 @@
+"""Large weights in several safetensors files with an index beside them, as Hugging Face lays them out.
+
+The idea: NAME.safetensors.index.json says which file holds which weight, and what its checksum is. Files are written
+one by one, each whole or not at all, and the index comes last: without it there is no model. A run that was stopped
+goes on behind the files that are finished.
+
+Different on purpose from Hugging Face's index: it has the checksums (SHA-256), and the configuration that our single
+files carry in their headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minicogview.errors import MiniCogViewError
+
+LIMIT = 2**29  # bytes in a file; a single larger weight has a file of its own
+INDEX = ".safetensors.index.json"
+Get = Callable[[str], Tensor]
+OnStep = Callable[[str, int, int], None]  # (file, bytes done, of how many)
+
+
+def plan(sizes: Mapping[str, int], limit: int = LIMIT) -> list[list[str]]:
+    """Which weights go into which file, in their order.
+
+    Example:
+        >>> plan({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
+        [['a', 'b'], ['c'], ['d']]
+    """
+    files: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not files or size > left:
+            files.append([])
+            left = limit
+        files[-1].append(name)
+        left -= size
+    return files
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def replace_text(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    sizes: Mapping[str, int],
+    get: Get,
+    metadata: Mapping[str, str],
+    source: str,
+    on_step: OnStep | None = None,
+    limit: int = LIMIT,
+) -> Path:
+    """Write weights as ``folder/stem-0000i-of-0000n.safetensors`` and their index.
+
+    Args:
+        sizes: name of each weight to its bytes. get: gives a weight when its turn comes.
+        metadata: text for the index, such as ``kind`` and ``config``.
+        source: says what is written from what: a stopped run goes on only where it is the same.
+
+    Returns:
+        the path of the index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = plan(sizes, limit)
+    names = {f"{stem}-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, 1)}
+    progress, index = folder / f"{stem}.import.json", folder / f"{stem}{INDEX}"
+    known = json.loads(progress.read_text()) if progress.is_file() else {}
+    checksums: dict[str, str] = known.get("sha256", {}) if known.get("source") == source else {}
+    done, total = 0, sum(sizes.values())
+    for file, weights in names.items():
+        path = folder / file
+        if file not in checksums or not path.is_file():
+            part = path.with_name(file + ".part")
+            try:
+                save_file({name: get(name).contiguous() for name in weights}, part)
+                part.chmod(0o644)
+                checksums[file] = checksum(part)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+            replace_text(progress, {"source": source, "sha256": checksums})
+        done += sum(sizes[name] for name in weights)
+        if on_step:
+            on_step(file, done, total)
+    weight_map = {name: file for file, weights in names.items() for name in weights}
+    replace_text(index, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map, "sha256": checksums})
+    progress.unlink()
+    return index
+
+
+class Shards:
+    """The files of an index as if they were one, with the methods of ``safetensors.safe_open``."""
+
+    def __init__(self, index: Path) -> None:
+        self.folder = index.parent
+        try:
+            content = json.loads(index.read_text())
+            self.weight_map: dict[str, str] = content["weight_map"]
+            self.sha256: dict[str, str] = content["sha256"]
+            self._metadata: dict[str, str] = content["metadata"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MiniCogViewError(f"{index} is damaged ({error}): import the weights again") from None
+        missing = sorted(file for file in set(self.weight_map.values()) if not (self.folder / file).is_file())
+        if missing:
+            raise MiniCogViewError(f"{self.folder} lacks {', '.join(missing[:3])}: import the weights again")
+        self._open: dict[str, Any] = {}
+
+    def metadata(self) -> dict[str, str]:
+        """What the index says beside names and files."""
+        return self._metadata
+
+    def keys(self) -> Iterator[str]:
+        """Names of the weights."""
+        return iter(self.weight_map)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A weight, mapped into memory and not read before it is used."""
+        file = self.weight_map[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file].get_tensor(name)
+
+    def verify(self) -> None:
+        """Raise MiniCogViewError unless every file has its checksum; reads everything."""
+        for file, expected in self.sha256.items():
+            if checksum(self.folder / file) != expected:
+                raise MiniCogViewError(f"{self.folder / file} was altered or damaged: import the weights again")
+
+
+def n_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor."""
+    return torch.Size(shape).numel() * dtype.itemsize
