@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -178,12 +178,12 @@ def save_direct(path: str | Path, model: DirectSR) -> None:
 
 
 def load_part(
-    path: str | Path, kind: str, base: Transformer | None, dtype: torch.dtype | None = torch.float32
+    path: str | Path, kind: str, base: Transformer | Path | None, dtype: torch.dtype | None = torch.float32
 ) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
     """Configuration and weights of a super-resolution stage, those included that only CogLM's file has.
 
     Args:
-        base: CogLM's transformer, for a stage that shares weights with it.
+        base: CogLM's transformer, for a stage that shares weights with it; or its file, to read these from there.
 
     Raises:
         MiniCogViewError: as ``load_weights`` does; or if it belongs to other weights of CogLM.
@@ -191,14 +191,20 @@ def load_part(
     config, state = load_weights(path, kind, dtype)
     with open_weights(path) as file:
         facts = file.metadata()
-    trained_on = facts.get("base")
-    if trained_on and (base is None or base.config != config.coglm.transformer or trained_on != fingerprint(base)):
+    if not facts.get("base"):
+        return config, state
+    known = "" if base is None else identity(base) if isinstance(base, Path) else fingerprint(base)
+    fits = not isinstance(base, Transformer) or base.config == config.coglm.transformer
+    if facts["base"] != known or not fits:
         raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
-    if base is not None and trained_on:
-        weights = {f"base.{name}": value for name, value in base.state_dict().items()}
-        shared = json.loads(facts["same_as_coglm"]) if "same_as_coglm" in facts else list(weights)
-        state |= {name: weights[name] for name in shared}
-    return config, state
+    if isinstance(base, Path):
+        with open_weights(base) as file:
+            names = {f"base.{name.removeprefix('transformer.')}": name for name in file.keys()}  # noqa: SIM118
+            weights = {ours: file.get_tensor(names[ours]) for ours in json.loads(facts["same_as_coglm"])}
+        return config, state | {name: value.to(dtype or value.dtype) for name, value in weights.items()}
+    weights = {f"base.{name}": value for name, value in cast(Transformer, base).state_dict().items()}
+    shared = json.loads(facts["same_as_coglm"]) if "same_as_coglm" in facts else list(weights)
+    return config, state | {name: weights[name] for name in shared}
 
 
 def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None = torch.float32) -> DirectSR:

@@ -10,6 +10,7 @@ from torch import nn
 
 from minicogview.checkpoint import (
     has_weights,
+    identity,
     load_coglm,
     load_config,
     load_direct,
@@ -96,6 +97,7 @@ def load_stages(folder: Path, device: str = "cpu", one_by_one: bool = False) -> 
 
     with torch.device("meta"):
         coglm = CogLM(load_config(first, "coglm")).eval()
+        coglm.transformer.identity = identity(first)
         offload = Offload({"coglm": coglm}, {"coglm": lambda: load_weights(first, "coglm")[1]}, device)
         if not has_weights(second):
             return Stages(coglm, offload=offload)
@@ -110,5 +112,5 @@ def load_stages(folder: Path, device: str = "cpu", one_by_one: bool = False) -> 
         if has_weights(third):
             iterative = IterativeSR(load_config(third, "iterative")).eval()
             offload.modules["iterative"] = iterative
-            offload.read["iterative"] = lambda: load_weights(third, "iterative")[1]
+            offload.read["iterative"] = lambda: load_part(third, "iterative", first)[1]
     return Stages(coglm, direct, iterative, offload)

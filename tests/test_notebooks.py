@@ -17,6 +17,7 @@ STEMS = (
     "03_masking",
     "04_coglm",
     "05_sampling",
+    "06_local_attention",
     "07_super_resolution",
     "09_editing",
 )

@@ -42,7 +42,9 @@ def cut(module: dict[str, Tensor], n_ranks: int) -> list[dict[str, Tensor]]:
             parts = [torch.cat([third[i] for third in thirds]) for i in range(n_ranks)]
         elif "dense_h_to_4h" in name or "word_embeddings" in name:
             parts = list(value.chunk(n_ranks))
-        elif name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+        elif name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) or (
+            "attention_plus.dense" in name and name.endswith("weight")
+        ):
             parts = list(value.chunk(n_ranks, dim=1))
         else:
             parts = [value] * n_ranks
