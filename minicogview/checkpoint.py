@@ -217,12 +217,9 @@ def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None =
     """
     config, state = load_part(path, "direct", base, dtype)
     own = {f"base.{name}": value.data_ptr() for name, value in base.state_dict().items()}
-    if all(name in state and state[name].data_ptr() == place for name, place in own.items()):
-        model = DirectSR(config, base).eval()
-        load_into(model, state, path)
-        return model
+    shared = all(name in state and state[name].data_ptr() == place for name, place in own.items())
     with torch.device("meta"):
-        model = DirectSR(config).eval()
+        model = DirectSR(config, base if shared else None).eval()
     load_into(model, state, path, assign=True)
     return model
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from minicogview.config import SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Global, Impl, local_attention
+from minicogview.streaming import Stream
 from minicogview.super_resolution import (
     CellSampler,
     DirectSR,
@@ -163,6 +164,7 @@ class IterativeSR(nn.Module):
         self.config = config
         sizes = config.coglm.transformer
         self.base = Transformer(sizes) if base is None else base
+        self.stream: Stream | None = None  # brings in layers from the disk; None: all are in memory
         self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
         with torch.no_grad():
             table = self.base.position_embedding.weight
@@ -213,7 +215,11 @@ class IterativeSR(nn.Module):
             )
             return attention.out(text.flatten(2)), attention.out(fine.flatten(2))
 
-        return run_levels(base, text, cells, attend, record)
+        return run_levels(base, text, cells, attend, record, stream=self.stream)
+
+    def stream_layers(self, device: str = "cpu") -> None:
+        """From now on read the layers from their file when their turn comes; their weights have to be mapped."""
+        self.stream = Stream([[layer] for layer in self.base.layers], device)
 
     def check(self, fine: Tensor, region: Tensor | None) -> None:
         """Raise MiniCogViewError unless ``fine`` is (B, F) codes, and ``region`` None or (rows, columns)."""

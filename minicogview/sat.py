@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import _codecs
 import argparse
-import ctypes
 import json
-import mmap
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
 from minicogview.errors import MiniCogViewError
+from minicogview.streaming import forget_pages
 
 # Ours on the left, SwissArmyTransformer's on the right; {} is the layer's number.
 SAT_NAMES = {
@@ -216,16 +215,6 @@ class SatFolder:
         for name in names:
             for rank in self.ranks:
                 forget_pages(rank[name])
-
-
-def forget_pages(tensor: Tensor) -> None:
-    """Tell the system that a mapped tensor's pages are not needed now. Where it has no such call, nothing happens."""
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page  # whole pages alone
-    length = tensor.data_ptr() + tensor.nbytes - start
-    advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
-    if advise is not None and length > 0:
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length // page * page), mmap.MADV_DONTNEED)
 
 
 def sat_transformer(module: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from minicogview.config import FineStart, LayoutConfig, SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Coarse, Impl, local_attention
+from minicogview.streaming import Stream
 from minicogview.transformer import Attention, Block, Record, Transformer, attention_bias
 from minicogview.vqvae import VQVAE
 
@@ -112,13 +113,14 @@ def run_levels(
     attend: Attend,
     record: Record | None = None,
     fine_layers: nn.ModuleList | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention.
 
     The fine stream goes through the norms and MLPs of ``fine_layers``, where there are any. The norm at the end is one.
     """
-    pairs = zip(cast(list[Block], base.layers), cast(list[Block], fine_layers or base.layers), strict=True)
-    for i, (layer, fine_layer) in enumerate(pairs):
+    pairs = list(zip(cast(list[Block], base.layers), cast(list[Block], fine_layers or base.layers), strict=True))
+    for i, (layer, fine_layer) in enumerate(pairs if stream is None else stream.walk(pairs)):
         to_low, to_fine = attend(i, layer.prepare(low), fine_layer.prepare(fine))
         low, fine = layer.finish(low, to_low), fine_layer.finish(fine, to_fine)
         if record is not None:
@@ -197,12 +199,14 @@ class DirectSR(nn.Module):
         self.config = config
         sizes = config.coglm.transformer
         self.base = Transformer(sizes) if base is None else base
+        self.stream: Stream | None = None  # brings in layers from the disk; None: all are in memory
         self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
         if config.own_layers:
             self.fine_layers = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layers))
         else:
             self.fine_attention = nn.ModuleList(Attention(sizes) for _ in range(sizes.n_layers))
-        self.start_from_base()
+        if not self.fine_position.weight.is_meta:  # else what is trained comes from a file
+            self.start_from_base()
 
     @torch.no_grad()
     def start_from_base(self) -> None:
@@ -253,7 +257,12 @@ class DirectSR(nn.Module):
             low, fine = direct_attention(low_qkv, fine_qkv, bias, config)
             return ours.out(low.flatten(2)), own.out(fine.flatten(2))
 
-        return run_levels(base, low, fine, attend, record, fine_layers)
+        return run_levels(base, low, fine, attend, record, fine_layers, self.stream)
+
+    def stream_layers(self, device: str = "cpu") -> None:
+        """From now on read the layers from their file when their turn comes; their weights have to be mapped."""
+        own = self.fine_layers if self.config.own_layers else self.fine_attention
+        self.stream = Stream(list(zip(self.base.layers, own, strict=True)), device)
 
     def start_cells(self, coarse: Tensor, start: Tensor | None) -> Tensor:
         """What the fine tokens are before anything is known about them: (B, F) ids, as ``config.fine_start`` says."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from minicogview.config import NormOrder, TransformerConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.packing import Linear
+from minicogview.streaming import Stream
 
 MASKED = -10000.0  # finite, so that even a row that may see nothing stays free of NaN
 
@@ -218,6 +219,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.identity = ""  # tells these weights from others, where their file says so
+        self.stream: Stream | None = None  # brings in layers from the disk; None: all are in memory
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_positions, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -256,7 +258,7 @@ class Transformer(nn.Module):
             (B, T, D) after the final norm.
         """
         x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, D)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers if self.stream is None else self.stream.walk(self.layers)):
             x = layer(x, bias, i, cache, record)
             if record is not None:
                 record.hidden.append(x)

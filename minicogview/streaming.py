@@ -1,0 +1,98 @@
+"""Running a model whose weights do not fit into memory: one layer after another, straight from the disk.
+
+The idea: weights that are mapped from their file take up no memory before they are used, and can be let go of
+afterwards, since the file still has them. While a layer is at work a second thread reads the next one, so the disk
+hides behind the arithmetic wherever a pass takes longer to compute than to read: with thousands of tokens, as in
+super-resolution, but not with one token at a time. On a GPU the thread's pages are copied over when their turn comes.
+
+The operating system would read pages by itself when they are touched, but only then, and in small pieces; and it would
+keep them until memory runs out. Source of the arithmetic: notebook 10; the original keeps all models resident.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PAGE = mmap.PAGESIZE
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Tell the system that a mapped tensor's pages are not needed now. Where it has no such call, nothing happens.
+
+    Only for tensors that are mapped from a file and were not written to: others would lose their numbers.
+    """
+    start = -(-tensor.data_ptr() // PAGE) * PAGE  # whole pages alone
+    length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
+    if advise is not None and length > 0:
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def mapped_from_files(tensors: Sequence[Tensor]) -> bool:
+    """Whether all of these lie in memory that files are mapped to, as far as the system tells."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    ranges = []
+    for line in maps.read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith("/"):
+            ranges.append([int(end, 16) for end in fields[0].split("-")])
+    return all(any(start <= t.data_ptr() and t.data_ptr() + t.nbytes <= end for start, end in ranges) for t in tensors)
+
+
+def touch(tensors: Sequence[Tensor]) -> None:
+    """Have all pages of mapped tensors read, by looking at one byte of each."""
+    for tensor in tensors:
+        if tensor.numel():
+            tensor.view(-1).view(torch.uint8)[::PAGE].max()
+
+
+class Stream:
+    """Brings in the weights of a stack's layers one ahead of the work, and lets go of those behind it.
+
+    Args:
+        groups: the modules of each layer, of all levels. Their parameters should be mapped from files, see
+            ``load_weights`` with ``dtype=None``; if they are not, nothing is let go of.
+        device: where the layers work; on a GPU each is copied over and the copy dropped again.
+
+    Example:
+        >>> layers = [nn.Linear(2, 2) for _ in range(3)]
+        >>> stream = Stream([[layer] for layer in layers])
+        >>> len(list(stream.walk(layers)))
+        3
+    """
+
+    def __init__(self, groups: Sequence[Sequence[nn.Module]], device: torch.device | str = "cpu") -> None:
+        self.parameters = [[p for module in group for p in module.parameters()] for group in groups]
+        self.stored = [[p.data for p in group] for group in self.parameters]
+        self.device = torch.device(device)
+        self.mapped = mapped_from_files([tensor for group in self.stored for tensor in group])
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def walk(self, layers: Iterable[Any]) -> Iterator[Any]:
+        """The layers, each with its weights in memory while it is at work."""
+        ahead: Future[None] | None = self._read(0)
+        for i, layer in enumerate(layers):
+            if ahead is not None:
+                ahead.result()
+            ahead = self._read(i + 1)
+            if self.device.type != "cpu":
+                for parameter, stored in zip(self.parameters[i], self.stored[i], strict=True):
+                    parameter.data = stored.to(self.device, non_blocking=True)
+            yield layer
+            for parameter, stored in zip(self.parameters[i], self.stored[i], strict=True):
+                parameter.data = stored
+                if self.mapped:
+                    forget_pages(stored)
+
+    def _read(self, i: int) -> Future[None] | None:
+        return self.reader.submit(touch, self.stored[i]) if i < len(self.stored) else None
