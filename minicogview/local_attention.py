@@ -185,14 +185,19 @@ def why_no_triton(q: Tensor, parts: Sequence[Part] = ()) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted or q.is_cuda:
+        from minicogview.kernels import launch
+
+        interpreted = launch.INTERPRETED  # what was set when Triton was imported
     if not q.is_cuda and not interpreted:
         return (
             f"q is on {q.device}: use a GPU, or set TRITON_INTERPRET=1 before Triton is first imported, "
             "to run the kernels slowly in its interpreter"
         )
-    known = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.float16, torch.bfloat16)
+    known = [torch.float32, torch.float16] if interpreted else [torch.float32, torch.float16, torch.bfloat16]
     if q.dtype not in known:
-        return f"q is {q.dtype}: use one of {', '.join(map(str, known))}"
+        where = " in Triton's interpreter" if interpreted and q.dtype == torch.bfloat16 else ""
+        return f"q is {q.dtype}: use one of {', '.join(map(str, known))}{where}"
     if q.shape[3] > 128:
         return f"heads of size {q.shape[3]}: at most 128"
     if any(isinstance(p.bias, Tensor) and p.bias.requires_grad for p in parts):

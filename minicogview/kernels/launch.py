@@ -2,7 +2,7 @@
 
 The idea: PyTorch sees two operators, one for each direction, that take flat lists of tensors and whole numbers; what
 happens inside is Triton's. Tile sizes are tried out on the GPU when a geometry is met for the first time, from a short
-list whose members fit into the registers (``tests/test_kernels.py`` compiles and counts).
+list: which fits into the registers depends on the GPU and on the type (``benchmarks/kernel_resources.py`` counts).
 
 Shapes: ``B`` rows of queries, ``b`` of keys, ``T`` query tokens, ``n`` keys of a kind, ``N`` heads, ``H`` head size.
 """
@@ -25,11 +25,14 @@ KEY_NAMES = ("k{}_at", "v{}_at", "bias{}_at", "k{}_row", "k{}_stride", "v{}_row"
 
 
 def choices(block: str, tiles: Sequence[tuple[int, int]]) -> list[triton.Config]:
-    """Tile sizes to try: (rows, columns) of a tile, ``block`` keys or queries in a step of its walk, and warps."""
+    """Tile sizes to try: (rows, columns) of a tile, ``block`` keys or queries in a step of its walk, and warps.
+
+    A second, smaller tile is for float32, which takes twice the registers.
+    """
     return [
         triton.Config({"TILE_Y": y, "TILE_X": x, block: step}, num_warps=warps, num_stages=stages)
-        for (y, x) in tiles
-        for step, warps, stages in ((32, 4, 2), (64, 4, 2), (64, 8, 3))
+        for (y, x), ways in zip(tiles, (((32, 4, 2), (64, 4, 2), (64, 8, 3)), ((32, 4, 2),)))
+        for step, warps, stages in ways
     ]
 
 
@@ -40,11 +43,11 @@ def tuned(kernel: Any, block: str, *tiles: tuple[int, int]) -> Any:
     return triton.autotune(configs, key=[*geometry, "GRID_Y", "GRID_X", "HEADS", "HEAD"])(kernel)
 
 
-forward = tuned(kernels.forward, "KEYS", (8, 8))
-backward_queries = tuned(kernels.backward_queries, "KEYS", (8, 8))
+forward = tuned(kernels.forward, "KEYS", (8, 8), (4, 4))
+backward_queries = tuned(kernels.backward_queries, "KEYS", (8, 8), (4, 4))
 # Keys of the own grid are many, those of a coarse one few, and a text is one row of them.
 backward_keys: dict[str, Any] = {
-    "own": tuned(kernels.backward_keys, "QUERIES", (8, 8)),
+    "own": tuned(kernels.backward_keys, "QUERIES", (8, 8), (4, 4)),
     "coarse": tuned(kernels.backward_keys, "QUERIES", (4, 4)),
     "row": tuned(kernels.backward_keys, "QUERIES", (1, 16)),
 }
