@@ -18,7 +18,7 @@ import tyro
 from minicogview.cli_edit import edit, outpaint, vary
 from minicogview.cli_evaluate import captioning, infilling, retrieval, selection, sharpness, tokenizer
 from minicogview.cli_generate import generate
-from minicogview.cli_import import import_weights
+from minicogview.cli_import import doctor, import_weights
 from minicogview.cli_shared import complain, print_json
 from minicogview.cli_train import train_coglm, train_direct, train_iterative, train_text, train_vqvae
 from minicogview.config import get_preset
@@ -84,6 +84,7 @@ COMMANDS: dict[str, Any] = {
         "tokenizer": tokenizer,
     },
     "import": import_weights,
+    "doctor": doctor,
     "info": info,
 }
 GROUPS = {

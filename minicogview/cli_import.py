@@ -1,4 +1,4 @@
-"""``minicogview import``: the released checkpoints as weights that this package loads."""
+"""``minicogview import``: the released checkpoints as weights of this package; ``doctor``: what is in a folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from minicogview.cli_shared import check_folder, show
-from minicogview.config import get_preset
+from minicogview.cli_shared import OptionalName, check_folder, print_json, show
+from minicogview.config import PRESETS, get_preset
 
 SourceFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 TargetFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -46,3 +46,23 @@ def import_weights(source: SourceFolder, target: TargetFolder, /, preset: str = 
         },
         json,
     )
+
+
+def doctor(folder: SourceFolder, /, preset: OptionalName = None, verify: bool = False, json: bool = False) -> int:
+    """Say what is in a folder of weights, what is missing or damaged, and what would run on this machine.
+
+    Args:
+        folder: the release's files, a folder that import made, or a preset's name.
+        preset: sizes to expect; those that are found if not given.
+        verify: compare all files with their checksums, which takes a while.
+        json: print the lines as JSON.
+    """
+    from minicogview.doctor import doctor as examine
+
+    name = str(folder)
+    lines = examine(name if name in PRESETS else folder, None if preset is None else get_preset(preset), verify)
+    if json:
+        print_json(lines)
+    else:
+        print("\n".join(lines))
+    return 2 if any("UNUSABLE" in line for line in lines) else 0

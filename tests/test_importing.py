@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from minicogview.checkpoint import load_coglm, load_direct, load_iterative
 from minicogview.cli import main
 from minicogview.coglm import CogLM
 from minicogview.config import TransformerConfig
+from minicogview.doctor import doctor
 from minicogview.errors import MiniCogViewError
 from minicogview.importing import MODELS, import_released
 from minicogview.lopar import IterativeSR
@@ -270,3 +272,37 @@ def test_wrong_folders_and_a_full_disk(release: Path, tmp_path: Path, monkeypatc
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "has no part of the release" in capsys.readouterr().err
+
+
+# --- the doctor
+
+
+def test_the_doctor_says_what_is_there_and_what_is_missing(release: Path, tmp_path: Path) -> None:
+    said = "\n".join(doctor(release, TINY))
+    assert re.search(r"stage one \(CogLM\) +0\.0 GB, 1 rank: names and shapes are right", said)
+    assert "ice_image.pt is missing: without it tokens cannot be shown" in said
+    assert f"next: minicogview import {release} FOLDER" in said
+    (release / "cogview2-itersr" / "latest").unlink()
+    assert re.search(r"LoPAR +UNUSABLE: .*latest is missing", "\n".join(doctor(release, TINY)))
+
+    shutil.rmtree(release / "cogview2-itersr")
+    import_released(release, tmp_path / "out", TINY, limit=2_000)
+    lines = doctor(tmp_path / "out", TINY, verify=True)
+    said = "\n".join(lines)
+    assert re.search(r"stage one \(CogLM\) +0\.0 GB in \d+ files, checksums are right", said)
+    assert "iterative.safetensors is missing: without it pictures stay drafts" in said
+    assert re.search(r"all in memory +0\.00 GB of weights: fits", said) and "a picture, at best" in said
+    file = sorted((tmp_path / "out").glob("direct-*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    said = "\n".join(doctor(tmp_path / "out", TINY, verify=True))
+    assert re.search(r"direct super-resolution +UNUSABLE: .* altered or damaged", said)
+
+
+def test_the_doctor_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "toy"]) == 0
+    assert "those of the preset toy" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 2
+    assert "neither a preset" in capsys.readouterr().err
+    (tmp_path / "coglm.safetensors").write_bytes(b"nothing")
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "UNUSABLE: weight file" in capsys.readouterr().out

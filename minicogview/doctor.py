@@ -1,0 +1,191 @@
+"""``minicogview doctor``: what is in a folder of weights, and what would run on this machine, in words.
+
+The idea: whoever has 40 GB of released files wants to know before the first run whether anything is missing or damaged,
+how much memory each way of running takes, and about how long a picture would take. Memory follows from the sizes of the
+modules (``cost.py``), time from two speeds that are measured here and now: of a large copy, since drawing token by
+token reads all weights again and again, and of a large matrix product, since super-resolution computes with thousands
+of tokens at a time.
+
+Simplified: times are what the measured speeds allow at best; real runs take up to twice as long.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minicogview.checkpoint import has_weights, identity, load_config, load_weights, open_weights
+from minicogview.config import PRESETS, Preset, get_preset
+from minicogview.cost import costs
+from minicogview.errors import MiniCogViewError
+from minicogview.importing import MODELS, PICTURES, TEXT, check_source, find_parts
+from minicogview.loading import find_folder
+from minicogview.sat import SatFolder, open_torch_file
+from minicogview.shards import INDEX, Shards
+
+NAMES = {
+    "coglm": "stage one (CogLM)",
+    "direct": "direct super-resolution",
+    "iterative": "LoPAR",
+    "vqvae": "picture tokenizer",
+    "text": "text tokenizer",
+    "labels": "cluster labels",
+}
+WITHOUT = {
+    "coglm": "nothing can be drawn",
+    "direct": "pictures stay coarse",
+    "iterative": "pictures stay drafts",
+    "vqvae": "tokens cannot be shown",
+    "text": "texts cannot be read",
+    "labels": "clusters are made by k-means instead",
+}
+FILES = {"text": "text.model", "labels": "cluster_label.npy"}
+
+
+def doctor(source: str | Path, preset: Preset | None = None, verify: bool = False) -> list[str]:
+    """Lines of text about a folder of weights, the release's or our own.
+
+    Args:
+        preset: sizes to expect; None: those that are found, or the release's.
+        verify: compare every file with its checksum too, which reads all of them.
+
+    Raises:
+        MiniCogViewError: if there is no such folder.
+    """
+    folder = find_folder(source)
+    if find_parts(folder):
+        return [*released(folder, preset or get_preset("cogview2"))]
+    lines, found = imported(folder, verify)
+    return [*lines, *machine(preset or found)]
+
+
+def released(folder: Path, preset: Preset) -> list[str]:
+    """What of the release a folder has, and whether it is what its names say."""
+    lines, parts, ready = [f"{folder}: files of the release, to be imported"], find_parts(folder), 0
+    for name, title in NAMES.items():
+        if name not in parts:
+            where = MODELS.get(name) or {"vqvae": PICTURES, "text": TEXT, "labels": FILES["labels"]}[name]
+            lines.append(line(title, f"{where} is missing: without it {WITHOUT[name]}"))
+            continue
+        try:
+            if name in MODELS:
+                model = check_source(name, SatFolder(parts[name]), preset)
+                size = sum(model.sizes().values())
+                ranks = len(model.folder.files)
+                said = f"{size / 1e9:.1f} GB, {ranks} rank{'s' if ranks > 1 else ''}: names and shapes are right"
+                ready += size
+            else:
+                if name == "vqvae":
+                    open_torch_file(parts[name])
+                said = f"{parts[name].stat().st_size / 1e9:.3f} GB"
+        except MiniCogViewError as error:
+            said = f"UNUSABLE: {error}"
+        lines.append(line(title, said))
+    free = shutil.disk_usage(folder).free
+    lines.append(line("to import", f"at most {ready / 1e9:.1f} GB on the disk; it has {free / 1e9:.1f} GB free"))
+    lines.append(f"next: minicogview import {folder} FOLDER")
+    return lines
+
+
+def imported(folder: Path, verify: bool) -> tuple[list[str], Preset | None]:
+    """What a folder of our own has, and the preset whose sizes it has."""
+    lines, preset = [f"{folder}: weights of this package"], None
+    for name, title in NAMES.items():
+        path = folder / FILES.get(name, f"{name}.safetensors")
+        if not has_weights(path):
+            lines.append(line(title, f"{path.name} is missing: without it {WITHOUT[name]}"))
+            continue
+        try:
+            said = check_weights(path, name, verify)
+            if name == "coglm":
+                config = load_config(path, "coglm")
+                preset = next((p for p in PRESETS.values() if p.coglm == config), None)
+        except MiniCogViewError as error:
+            said = f"UNUSABLE: {error}"
+        lines.append(line(title, said))
+    lines.append(line("sizes", f"those of the preset {preset.name}" if preset else "of no preset"))
+    return lines, preset
+
+
+def check_weights(path: Path, name: str, verify: bool) -> str:
+    """Size of a file or of several; an error if something is wrong with them."""
+    index = path.with_suffix(INDEX)
+    if name in FILES:
+        return f"{path.stat().st_size / 1e6:.2f} MB"
+    if not index.is_file():
+        load_weights(path, name, dtype=None)
+        return f"{path.stat().st_size / 1e9:.3f} GB"
+    shards = Shards(index)
+    size = sum((path.parent / file).stat().st_size for file in shards.sha256)
+    if verify:
+        shards.verify()
+    with open_weights(path) as file:
+        base = file.metadata().get("base", "")
+    if base and base != identity(path.with_name("coglm.safetensors")):
+        raise MiniCogViewError("it belongs to another coglm: import both again")
+    checked = ", checksums are right" if verify else ""
+    return f"{size / 1e9:.1f} GB in {len(shards.sha256)} files{checked}"
+
+
+def machine(preset: Preset | None) -> list[str]:
+    """What would run here, and how long one picture would take at best."""
+    memory = free_memory()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    lines = [line("this machine", f"{os.cpu_count()} cores, {memory / 1e9:.1f} GB of memory free, {gpu}")]
+    if preset is None:
+        return lines
+    counted = costs(preset)
+    stages, total = counted["stages"], counted["total"]
+    numbers = 4 if preset.name == "toy" else 2  # the toy is computed in float32
+    draw, direct, refine = (stages[name]["parameters"] * numbers for name in ("draw", "direct", "refine"))
+    layer = draw / preset.transformer.n_layers
+    ways = {
+        "all in memory": total["parameters"] * numbers,
+        "--offload": max(draw + direct, refine),
+        "layers from the disk": 3 * layer + preset.vqvae.codebook_size * preset.transformer.d_model * numbers,
+    }
+    for way, needed in ways.items():
+        lines.append(line(way, f"{needed / 1e9:.2f} GB of weights: {'fits' if needed < 0.9 * memory else 'TOO MUCH'}"))
+    copy, product = speeds()
+    lines.append(line("measured", f"copies {copy / 1e9:.1f} GB/s, products {product / 1e9:.0f} GFLOP/s"))
+    seconds = {
+        "drawing": counted["image_tokens"] * draw / copy,
+        "direct super-resolution": stages["direct"]["flops"] / product,
+        "LoPAR": stages["refine"]["flops"] / product,
+    }
+    said = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    return [*lines, line("a picture, at best", f"{said}; together {sum(seconds.values()):.0f} s")]
+
+
+def speeds() -> tuple[float, float]:
+    """Bytes read in a second by a large sum, and operations in a second of a large bfloat16 product, on the CPU."""
+    large = torch.ones(2**27, dtype=torch.uint8)
+    a, b = torch.ones(1024, 2048).bfloat16(), torch.ones(2048, 2048).bfloat16()
+    copy = min(seconds_of(lambda: large.view(torch.int64).sum()) for _ in range(4))
+    product = min(seconds_of(lambda: a @ b) for _ in range(4))
+    return large.numel() / copy, 2 * 1024 * 2048 * 2048 / product
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def free_memory() -> int:
+    """Bytes of memory that programs can still have; what there is in all where the system tells no more."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        fields = dict(row.split(":", 1) for row in info.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def line(title: str, said: str) -> str:
+    """One row of the report."""
+    return f"  {title:26}{said}"
