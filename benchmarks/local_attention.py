@@ -104,7 +104,7 @@ def gigabytes(name: str, setting: Setting) -> float:
         "unfold": queries * 45 * setting.heads * setting.head_size * size * (6 if setting.backward else 2.2),
         "reference": queries * keys * setting.heads * 4 * (5 if setting.backward else 4),
         "dense": queries * keys * (1 + 2 * size),
-        "flex": queries * keys * 0.1,
+        "flex": queries * keys * 20,  # while its mask is made
         "xformers": queries * keys * 2 * size,
     }
     return need.get(name, 0.0) / 1e9

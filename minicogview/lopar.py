@@ -3,8 +3,8 @@
 The idea: direct super-resolution chose every fine token by itself, so neighbours may disagree. A masked-token model
 looks at a text's first words and at the fine tokens around each cell, and a few rounds of masking and guessing make
 the cells agree. Every round masks fewer cells than the one before, so the last guesses of a neighbourhood follow one
-another while those far apart are made at once: local parallel autoregressive generation. In the first round two of
-three neighbours of a masked cell are masked too, in the last none. CogView2 (arXiv 2204.14217), section 3.3.
+another while those far apart are made at once: local parallel autoregressive generation. In the first round 65 % of
+the four direct neighbours of a masked cell are masked too, in the last none. CogView2 (arXiv 2204.14217), section 3.3.
 
 Mirrors: ``sr_pipeline/itersr_model.py`` and ``itersr_sampling.py`` of the official code. Its schedule, a table of
 6 x 6 that is repeated over the picture, stands here as data. By that table 1300 of 3600 tokens are never guessed

@@ -7,7 +7,8 @@ neighbours what the other one chose: that is what the iterative stage (``lopar.p
 CogView2 (arXiv 2204.14217), section 3.3.
 
 Mirrors: ``sr_pipeline/dsr_model.py`` and ``dsr_sampling.py`` of the official code. CogLM stays frozen inside; new are
-the attention weights of the fine level and its positions. Norms, MLPs and the token table serve both levels.
+the attention weights of the fine level and its positions. Norms, MLPs and the token table serve both levels; with
+``own_layers``, which the toy has and the original has not, the fine level has norms and MLPs of its own too.
 
 Shapes: ``B`` rows, ``L`` low slots (text slots + ``n`` coarse tokens), ``F`` fine tokens, ``D`` width, ``N`` heads,
 ``H`` head size, ``V`` picture codes.

@@ -19,6 +19,7 @@ STEMS = (
     "05_sampling",
     "06_local_attention",
     "07_super_resolution",
+    "08_lopar",
     "09_editing",
 )
 

@@ -75,7 +75,9 @@ def soft_targets(codebook: Tensor, softness: float) -> Tensor:
 
 
 class DirectObjective:
-    """Trains what is new in ``DirectSR``: the fine level's attention and positions. See ``training.fit``.
+    """Trains what is new in ``DirectSR``: positions, and the fine level's attention or all of its layers.
+
+    See ``training.fit``.
 
     Args:
         train_base: let the weights that it shares with CogLM learn too, as an experiment; a model trained so no
