@@ -172,7 +172,7 @@ def reference(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> 
         bias = keys.bias[:, None, None]
         mask = mask & (bias > float("-inf"))
         scores = scores + bias
-    scores = scores.masked_fill(~mask, torch.finfo(exact).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)  # the zeros matter only where nothing may be seen
     return torch.einsum("bnts,bsnh->btnh", weights, keys.v.to(exact)).to(q.dtype)
 

@@ -125,6 +125,27 @@ def test_pytorch_knows_the_operators() -> None:
     torch.library.opcheck(attend, (q, [k, v], [], geometry, [2, 3], 0.25))
 
 
+def test_under_torch_compile_and_autocast() -> None:
+    """Compiled as one graph, gradients included; under autocast in the type that the projections give."""
+    q, k, v = torch.randn(3, 1, 12, 2, 16, device=DEVICE, requires_grad=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * local_attention(q, k, v, (3, 4), (3, 3), impl="triton")
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    one, other = (torch.autograd.grad(f(q, k, v).square().sum(), [q, k, v]) for f in (attend, compiled))
+    for mine, wanted in zip(other, one, strict=True):
+        torch.testing.assert_close(mine, wanted)
+    half = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter refuses bfloat16
+    with torch.autocast(DEVICE, dtype=half):
+        project = torch.nn.Linear(16, 16, device=DEVICE)
+        projected = [project(x) for x in (q, k, v)]
+        out = attend(*projected)
+        assert out.dtype == half
+        wanted = 2 * local_attention(*projected, (3, 4), (3, 3), impl="reference")
+    torch.testing.assert_close(out, wanted, atol=1e-2, rtol=0)
+
+
 # --- what auto takes, and what is refused
 
 
