@@ -273,7 +273,7 @@ def draw(table: Path) -> Path:
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("milliseconds")
     axes[1, 0].set_ylabel("extra memory, GB (0.001 and less as 0.001)")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=9)
     path = table.with_suffix(".png")
     figure.savefig(path, dpi=110)
