@@ -71,28 +71,20 @@ def test_the_same_numbers_from_the_disk(folder: Path) -> None:
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from minicogview.streaming import Stream
 from minicogview.checkpoint import load_iterative
 
 model = load_iterative(sys.argv[1], dtype=None)
 if sys.argv[2] == "stream":
     model.stream_layers()
 
-def held():
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-
-model([[70]], torch.zeros(1, 81, dtype=torch.long))  # libraries are loaded
-before, most = held(), 0.0
-for layer in model.base.layers:  # what the pass itself holds at most is seen after each layer
-    layer.mlp.register_forward_hook(lambda *_: globals().__setitem__("most", max(most, held())))
 model([[70]], torch.zeros(1, 81, dtype=torch.long))
-print(most - before if sys.argv[2] == "stream" else most - before, held())
+print(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024)
 """
 
 
 @linux
 def test_streaming_holds_few_layers(tmp_path: Path) -> None:
-    """A model of 12 layers of 9 MB: all of them stay without streaming, two or three with it."""
+    """After a pass, a model of 12 layers of 9 MB is in memory as a whole, and with streaming hardly any of it."""
     from dataclasses import replace
 
     from minicogview.checkpoint import save_model
@@ -106,5 +98,5 @@ def test_streaming_holds_few_layers(tmp_path: Path) -> None:
         program = [sys.executable, "-c", PROGRAM, str(tmp_path / "iterative.safetensors"), how]
         ended = subprocess.run(program, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
-        held[how] = float(ended.stdout.split()[1])
+        held[how] = float(ended.stdout)
     assert held["stream"] < held["plain"] - 60, held  # MB; twelve layers are 106 MB
