@@ -28,15 +28,7 @@ from minicogview.checkpoint import load_weights
 from minicogview.coglm import CogLM
 from minicogview.config import Preset, get_preset
 from minicogview.importing import MODELS, import_released
-from minicogview.sat import SAT_NAMES
-
-
-def official_name(ours: str) -> str:
-    """The release's name of one of CogLM's parameters."""
-    body, leaf = ours.removeprefix("transformer.").rsplit(".", 1)
-    number = next((part for part in body.split(".") if part.isdigit()), "")
-    pattern = ".".join("{}" if part.isdigit() else part for part in body.split("."))
-    return f"transformer.{SAT_NAMES[pattern].format(number)}.{leaf}"
+from minicogview.sat import ours_to_sat
 
 
 def write_random(folder: Path, preset: Preset) -> None:
@@ -64,7 +56,7 @@ def write_random(folder: Path, preset: Preset) -> None:
         for start in range(0, len(flat), len(block)):
             part = flat[start : start + len(block)]
             part.copy_(block[: len(part)])
-        module[official_name(name)] = flat.view(shape)
+        module[ours_to_sat(name)] = flat.view(shape)
     torch.save({"module": module}, place / "mp_rank_00_model_states.pt")
 
 

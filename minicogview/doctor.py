@@ -59,7 +59,7 @@ def doctor(source: str | Path, preset: Preset | None = None, verify: bool = Fals
     """
     folder = find_folder(source)
     if find_parts(folder):
-        return [*released(folder, preset or get_preset("cogview2"))]
+        return released(folder, preset or get_preset("cogview2"))
     lines, found = imported(folder, verify)
     return [*lines, *machine(preset or found)]
 

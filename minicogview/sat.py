@@ -88,6 +88,12 @@ def open_torch_file(path: Path) -> Any:
         raise MiniCogViewError(f"{path} is damaged or no torch file ({reason}): copy it again") from None
 
 
+def without_number(name: str) -> tuple[str, str]:
+    """A name with {} in place of its layer's number, and that number; empty where there is none."""
+    parts = name.split(".")
+    return ".".join("{}" if part.isdigit() else part for part in parts), next(filter(str.isdigit, parts), "")
+
+
 def sat_to_ours(name: str) -> str:
     """Our name of a SAT parameter, such as ``transformer.layers.3.mlp.dense_h_to_4h.bias``.
 
@@ -96,12 +102,19 @@ def sat_to_ours(name: str) -> str:
     """
     names = SAT_MIXINS if name.startswith("mixins.") else SAT_NAMES
     body, leaf = name.removeprefix("mixins.").removeprefix("transformer.").rsplit(".", 1)
-    number = next((part for part in body.split(".") if part.isdigit()), "")
-    pattern = ".".join("{}" if part.isdigit() else part for part in body.split("."))
+    pattern, number = without_number(body)
     for ours, theirs in names.items():
         if theirs == pattern:
             return f"{ours.format(number)}.{leaf}"
     raise MiniCogViewError(f"checkpoint parameter {name} is not known: is this a CogView2 checkpoint?")
+
+
+def ours_to_sat(name: str) -> str:
+    """The way back: the SAT name of a parameter of ``CogLM``, ``DirectSR`` or ``IterativeSR``."""
+    body, leaf = name.removeprefix("base.").removeprefix("transformer.").rsplit(".", 1)
+    pattern, number = without_number(body)
+    names, prefix = (SAT_MIXINS, "mixins.") if pattern in SAT_MIXINS else (SAT_NAMES, "transformer.")
+    return f"{prefix}{names[pattern].format(number)}.{leaf}"
 
 
 # --- several ranks

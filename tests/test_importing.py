@@ -27,19 +27,10 @@ from minicogview.errors import MiniCogViewError
 from minicogview.importing import MODELS, import_released
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
-from minicogview.sat import SAT_MIXINS, SAT_NAMES, SatFolder
+from minicogview.sat import SatFolder, ours_to_sat
 from minicogview.super_resolution import DirectSR
 
 ITERATIONS = {"coglm": "20000", "direct": "3000", "iterative": "4000"}
-
-
-def official_name(ours: str) -> str:
-    """The release's name of one of our parameters."""
-    body, leaf = ours.removeprefix("base.").removeprefix("transformer.").rsplit(".", 1)
-    number = next((part for part in body.split(".") if part.isdigit()), "")
-    pattern = ".".join("{}" if part.isdigit() else part for part in body.split("."))
-    names, prefix = (SAT_MIXINS, "mixins.") if ours.startswith("fine_") else (SAT_NAMES, "transformer.")
-    return f"{prefix}{names[pattern].format(number)}.{leaf}"
 
 
 def write_release(folder: Path, models: dict[str, nn.Module], n_ranks: int = 1) -> None:
@@ -55,7 +46,7 @@ def write_release(folder: Path, models: dict[str, nn.Module], n_ranks: int = 1) 
             "layernorm_order": "sandwich", "model_parallel_size": n_ranks,
         }  # fmt: skip
         (place.parent / "model_config.json").write_text(json.dumps(said))
-        module = {official_name(name): value.half() for name, value in model.state_dict().items()}
+        module = {ours_to_sat(name): value.half() for name, value in model.state_dict().items()}
         for i, rank in enumerate(cut(module, n_ranks)):
             torch.save({"module": rank}, place / f"mp_rank_{i:02d}_model_states.pt")
 
