@@ -134,7 +134,7 @@ class CogLM(nn.Module):
                 f"n={n} pictures of one row were asked for, but {rows} rows given: repeat them instead"
             )
         batch = max(rows, n)
-        cache = KVCache(self.config.transformer, batch, length - 1, self.device, self._dtype)
+        cache = self.transformer.new_cache(batch, length - 1)
         out = tokens.expand(batch, length).clone()
         wanted = (tokens[0] < 0).tolist()  # the same columns in every row
         biased = (bias.tril() != 0).any(-1).flatten(0, -2).any(0).tolist()  # rows of the bias that change anything
@@ -171,10 +171,6 @@ class CogLM(nn.Module):
             return sampler(logits, step)
         with_text, without = logits.chunk(2)
         return sampler(guide(with_text, without, guidance), step).repeat(2)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.transformer.token_embedding.weight.dtype
 
     # --- tasks --------------------------------------------------------------------------------------------------
 
@@ -303,7 +299,7 @@ class CogLM(nn.Module):
     def _read_pictures(self, pictures: Tensor, batch: int, n_text: int) -> KVCache:
         """A cache that holds whole pictures (B or 1, n) as context, and room for language token and text."""
         n = pictures.shape[1]
-        cache = KVCache(self.config.transformer, batch, n + 1 + n_text, self.device, self._dtype)
+        cache = self.transformer.new_cache(batch, n + 1 + n_text)
         first = self.config.layout.max_text + 1
         positions = torch.arange(first, first + n, device=self.device)[None]
         self.transformer(pictures.to(self.device), positions, None, cache)

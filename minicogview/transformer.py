@@ -266,6 +266,11 @@ class Transformer(nn.Module):
             cache.length += tokens.shape[1]
         return self.final_norm(x)
 
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for so many rows and tokens, on this model's device and in its number format."""
+        table = self.token_embedding.weight
+        return KVCache(self.config, batch, max_len, table.device, table.dtype)
+
     def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
         """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""
         return F.linear(hidden, self.token_embedding.weight[:n_rows])

@@ -1,0 +1,189 @@
+"""Weights in eight or four bits: a half or a quarter of the memory, and of the time that reading them takes.
+
+The idea: neighbouring weights of a row are of similar size. So 64 of them share a scale and an offset, and each is kept
+as a small whole number: ``weight = (code - middle) * scale + offset``. Drawing token by token waits for weights to come
+from memory, so with a quarter of the bytes it is nearly four times as fast; what it costs is a rounding error in every
+matrix, which ``relative_error`` states.
+
+No part of the original. Round-to-nearest in groups is the plain form of weight quantisation, see Dettmers &
+Zettlemoyer, "The case for 4-bit precision" (2022, arXiv 2212.09720); better ones look at activations as well.
+
+On x86 and ARM processors PyTorch has a product of bfloat16 rows with four-bit matrices, which reads them as they are;
+eight bits go through it as two halves of four. Elsewhere matrices are dequantised one by one, which saves memory alone.
+
+Shapes: ``E`` outputs, ``D`` inputs, ``G`` = D / 64 groups in a row.
+
+Example:
+    >>> weight = torch.randn(128, 256)
+    >>> four, eight = quantize(weight, bits=4), quantize(weight, bits=8)
+    >>> four.codes.shape, four.scale.shape
+    (torch.Size([128, 128]), torch.Size([128, 4]))
+    >>> bool(relative_error(weight, eight) < 0.1 * relative_error(weight, four))
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minicogview.errors import MiniCogViewError
+
+Bits = Literal[4, 8]
+GROUP = 64
+
+
+class Quantized(NamedTuple):
+    """A matrix (E, D) in few bits."""
+
+    codes: Tensor  # uint8: (E, D) in eight bits; (E, D / 2) in four, the even column in the lower half of a byte
+    scale: Tensor  # (E, G) bfloat16
+    offset: Tensor  # (E, G) bfloat16, what the middle code stands for
+
+    @property
+    def bits(self) -> Bits:
+        """Bits of a code."""
+        return 8 if self.codes.shape[1] == self.scale.shape[1] * GROUP else 4
+
+
+def quantize(weight: Tensor, bits: Bits) -> Quantized:
+    """Round a matrix (E, D) to codes of so many bits, spread evenly between the least and the largest of 64 weights.
+
+    Raises:
+        MiniCogViewError: if bits is neither 4 nor 8, or D is no multiple of 64.
+    """
+    if bits not in (4, 8):
+        raise MiniCogViewError(f"{bits} bits: weights are kept in 4 or 8 bits")
+    if weight.shape[1] % GROUP:
+        raise MiniCogViewError(f"a matrix with {weight.shape[1]} inputs: in few bits it needs a multiple of {GROUP}")
+    middle, last = 2 ** (bits - 1), 2**bits - 1
+    groups = weight.detach().unflatten(1, (-1, GROUP)).float()  # (E, G, 64)
+    least, largest = groups.aminmax(dim=-1)
+    scale = ((largest - least) / last).clamp(min=1e-8).bfloat16()
+    offset = (least + middle * scale.float()).bfloat16()
+    # With the rounded scale and offset, so that their error is not added to that of the codes.
+    groups = groups.sub(offset.float()[..., None]).div_(scale.float()[..., None]).round_().add_(middle)
+    codes = groups.clamp_(0, last).to(torch.uint8).flatten(1)  # (E, D)
+    return Quantized(codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4, scale, offset)
+
+
+def split_bytes(codes: Tensor) -> Tensor:
+    """Codes of four bits, one in a byte: (E, D / 2) -> (E, D)."""
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix (E, D) that is left of a quantised one."""
+    codes = q.codes if q.bits == 8 else split_bytes(q.codes)
+    centred = codes.to(dtype).sub_(2 ** (q.bits - 1)).unflatten(1, (-1, GROUP))  # exact in bfloat16: at most 8 bits
+    return centred.mul_(q.scale.to(dtype)[..., None]).add_(q.offset.to(dtype)[..., None]).flatten(1)
+
+
+def relative_error(weight: Tensor, q: Quantized) -> Tensor:
+    """Length of the error / length of the matrix: about 0.1 in four bits, 0.006 in eight, for normal weights."""
+    weight = weight.float()
+    return (dequantize(q) - weight).norm() / weight.norm()
+
+
+# --- products without a dequantised copy --------------------------------------------------------------------------
+
+
+def has_int4_product(device: torch.device) -> bool:
+    """Whether PyTorch multiplies with four-bit matrices on this device."""
+    return device.type == "cpu" and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+
+
+def _halves(q: Quantized) -> list[tuple[Tensor, Tensor]]:
+    """Four bits of a matrix at a time, in the order in which PyTorch's product reads them: one half, or two.
+
+    With ``code - 128 = 16 (high - 8) + (low - 8) + 8`` both halves have the form of four-bit weights:
+    ``(high - 8) * 16 scale + offset`` and ``(low - 8) * scale + 8 scale``.
+
+    Returns:
+        packed codes, and scale and offset (G, E, 2), of each.
+    """
+
+    def half(codes: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        return packed, torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous()
+
+    if q.bits == 4:
+        return [half(split_bytes(q.codes), q.scale, q.offset)]
+    return [half(q.codes >> 4, 16 * q.scale, q.offset), half(q.codes & 15, q.scale, 8 * q.scale)]
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+class QuantizedLinear(nn.Module):
+    """``nn.Linear`` whose matrix is kept in few bits and dequantised when it is used; for inference.
+
+    Attributes:
+        codes, scale, offset: see ``Quantized``. bias: (E,).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    bias: Tensor
+
+    def __init__(self, quantized: Quantized, bias: Tensor):
+        super().__init__()
+        for name, value in quantized._asdict().items():
+            self.register_buffer(name, value)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., E)."""
+        weight = dequantize(Quantized(self.codes, self.scale, self.offset), x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+class Int4ProductLinear(nn.Module):
+    """The same for bfloat16 on a CPU, by PyTorch's product with four-bit matrices: nothing is dequantised.
+
+    Attributes:
+        packed0, scale0: of the upper or only half; packed1, scale1: of the lower one, for eight bits.
+    """
+
+    bias: Tensor
+
+    def __init__(self, quantized: Quantized, bias: Tensor):
+        super().__init__()
+        halves = _halves(quantized)
+        self.n_halves = len(halves)
+        for i, (packed, scale) in enumerate(halves):
+            self.register_buffer(f"packed{i}", packed)
+            self.register_buffer(f"scale{i}", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., E), bfloat16."""
+        rows, y = x.flatten(0, -2), self.bias
+        for i in range(self.n_halves):
+            packed, scale = getattr(self, f"packed{i}"), getattr(self, f"scale{i}")
+            y = y + torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, GROUP, scale)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def quantize_layers(
+    model: nn.Module, bits: Bits, on_layer: Callable[[str, Tensor, Quantized], None] | None = None
+) -> None:
+    """Replace every linear layer inside of a model by a quantised one; tables and norms stay.
+
+    Args:
+        on_layer: called with each one's name, old matrix and new one.
+    """
+    for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+        weight = module.weight.detach()
+        quantized = quantize(weight, bits)
+        if on_layer:
+            on_layer(name, weight, quantized)
+        fused = weight.dtype == torch.bfloat16 and has_int4_product(weight.device)
+        kind = Int4ProductLinear if fused else QuantizedLinear
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, kind(quantized, module.bias.detach()))
