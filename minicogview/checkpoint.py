@@ -164,12 +164,31 @@ def identity(path: str | Path) -> str:
 
 def fingerprint(model: Transformer) -> str:
     """What tells one set of weights from another: a hash of them, rounded to half precision as files keep them."""
-    if model.identity:
-        return model.identity
+    return model.identity or fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(state: dict[str, Tensor]) -> str:
+    """The same from the weights alone."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """Number format of the weights in a file, which is one for all."""
+    with open_weights(path) as file:
+        name = next(name for name in file.keys() if name.endswith("norm.weight"))  # noqa: SIM118 (not a dict)
+        return cast(Tensor, file.get_tensor(name)).dtype
+
+
+def same_as_coglm(path: str | Path, coglm: CogLM) -> list[str]:
+    """Names of the weights of a super-resolution stage that only CogLM's file has."""
+    with open_weights(path) as file:
+        facts = file.metadata()
+    if "same_as_coglm" in facts:
+        return cast(list[str], json.loads(facts["same_as_coglm"]))
+    return [f"base.{name}" for name in coglm.transformer.state_dict()] if facts.get("base") else []
 
 
 def save_direct(path: str | Path, model: DirectSR) -> None:
@@ -193,16 +212,16 @@ def load_part(
         facts = file.metadata()
     if not facts.get("base"):
         return config, state
-    known = "" if base is None else identity(base) if isinstance(base, Path) else fingerprint(base)
-    fits = not isinstance(base, Transformer) or base.config == config.coglm.transformer
-    if facts["base"] != known or not fits:
-        raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
+    weights: dict[str, Tensor] = {}
     if isinstance(base, Path):
-        with open_weights(base) as file:
-            names = {f"base.{name.removeprefix('transformer.')}": name for name in file.keys()}  # noqa: SIM118
-            weights = {ours: file.get_tensor(names[ours]) for ours in json.loads(facts["same_as_coglm"])}
-        return config, state | {name: value.to(dtype or value.dtype) for name, value in weights.items()}
-    weights = {f"base.{name}": value for name, value in cast(Transformer, base).state_dict().items()}
+        _, of_file = load_weights(base, "coglm", dtype)
+        weights = {name.removeprefix("transformer."): value for name, value in of_file.items()}
+        known = identity(base) or fingerprint_of(weights)
+    elif base is not None and base.config == config.coglm.transformer:
+        weights, known = base.state_dict(), fingerprint(base)
+    if not weights or facts["base"] != known:
+        raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
+    weights = {f"base.{name}": value for name, value in weights.items()}
     shared = json.loads(facts["same_as_coglm"]) if "same_as_coglm" in facts else list(weights)
     return config, state | {name: weights[name] for name in shared}
 

@@ -30,6 +30,7 @@ OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_h
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 Language = Literal["en", "zh"]
 Report = dict[str, Any]
+RANDOM = "random"  # instead of a folder of weights
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,57 @@ class Source:
     preset: OptionalName = None
     """toy if not given; with --weights, the preset that has the sizes in these files"""
     weights: OptionalFolder = None
-    """folder with your own vqvae.safetensors, coglm.safetensors and text.model"""
+    """folder with your own vqvae.safetensors, coglm.safetensors and text.model; or the word random: untrained weights
+    of the preset's sizes, written to your cache folder once, to see time and memory"""
+    memory: str = "auto"
+    """such as 6GB; chooses how a stage has its weights: in memory, in 8 or 4 bits, on the disk; auto: what is free"""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto: float32 for small models, else bfloat16"""
+    device: str = "cpu"
+    """where the models run, such as cuda"""
     offload: bool = False
-    """have one stage's weights at a time in memory, for large models on small machines"""
+    """have the weights as they are, and one stage's at a time in memory"""
 
     def load(self) -> CogView2:
-        """The whole system."""
+        """The whole system; says on stderr how it has its weights, unless it is simply in memory."""
         folder = self.folder()
+        from minicogview.loading import plan_for
+        from minicogview.memory import SMALL
         from minicogview.pipeline import CogView2
 
         preset = self.preset if self.weights else self.preset or "toy"
-        return CogView2.from_pretrained(folder, preset, offload=self.offload)
+        plan = plan_for(folder, self.memory, self.dtype, self.device, self.offload)
+        if self.memory != "auto" or plan.needed >= SMALL:
+            print(f"plan: {plan}", file=sys.stderr)
+        return CogView2.from_pretrained(folder, preset, memory=plan)
 
     def folder(self) -> Path:
-        """Where the weights are."""
+        """Where the weights are; random ones are made here."""
         if self.preset is not None:
             get_preset(self.preset)  # a wrong name is reported before torch is loaded
+        if self.weights == Path(RANDOM):
+            return random_weights(self.preset or "toy")
         from minicogview.loading import find_folder
 
         return find_folder(self.weights or self.preset or "toy")
+
+
+def random_weights(name: str) -> Path:
+    """The folder of a preset's random weights, which are written if they are not there yet."""
+    from tqdm import tqdm
+
+    from minicogview.random_weights import random_folder, write_random
+
+    folder = random_folder(get_preset(name))
+    print(f"random weights of {name}: {folder}; delete it when you are done", file=sys.stderr)
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+        def on_step(file: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(file, refresh=False)
+            bar.update(done - bar.n)
+
+        return write_random(folder, get_preset(name), on_step=on_step)
 
 
 Weights = Annotated[Source, tyro.conf.arg(name="")]  # options without a prefix: --preset, --weights

@@ -25,6 +25,7 @@ from minicogview.cost import costs
 from minicogview.errors import MiniCogViewError
 from minicogview.importing import MODELS, PICTURES, TEXT, check_source, find_parts
 from minicogview.loading import find_folder
+from minicogview.memory import free_memory
 from minicogview.sat import SatFolder, open_torch_file
 from minicogview.shards import INDEX, Shards
 
@@ -175,15 +176,6 @@ def seconds_of(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def free_memory() -> int:
-    """Bytes of memory that programs can still have; what there is in all where the system tells no more."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        fields = dict(row.split(":", 1) for row in info.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def line(title: str, said: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -11,23 +12,34 @@ from torch import nn
 from minicogview.checkpoint import (
     has_weights,
     identity,
-    load_coglm,
     load_config,
-    load_direct,
-    load_iterative,
+    load_into,
     load_part,
     load_weights,
+    same_as_coglm,
+    stored_dtype,
 )
 from minicogview.coglm import CogLM
 from minicogview.config import PRESETS, CogLMConfig, Preset, VQVAEConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
-from minicogview.offload import Offload
+from minicogview.memory import BITS, Plan, Sizes, Way, check_device, choose_plan, parse_dtype, parse_memory
+from minicogview.offload import Offload, State
+from minicogview.quantization import quantize_layers
+from minicogview.streaming import forget_pages, mapped_from_files
 from minicogview.super_resolution import DirectSR
 from minicogview.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "weights"
 FILES = "vqvae.safetensors, coglm.safetensors and text.model"
+STAGES = ("coglm", "direct", "iterative")
+
+
+class Streamed(Protocol):
+    """A model that can read its layers from the disk when their turn comes."""
+
+    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """From now on."""
 
 
 def find_folder(source: str | Path) -> Path:
@@ -69,8 +81,34 @@ def check_fit(config: CogLMConfig, tokenizer: Tokenizer, folder: Path) -> None:
         )
 
 
+def plan_for(
+    folder: Path, memory: str = "auto", dtype: str = "auto", device: str = "cpu", offload: bool = False
+) -> Plan:
+    """How the weights in a folder run on this machine.
+
+    Args:
+        memory: how much there is, see ``parse_memory``. dtype: see ``parse_dtype``.
+        offload: have the weights as they are, of one stage at a time.
+
+    Raises:
+        MiniCogViewError: if a setting makes no sense, or there is no way to run in so little.
+    """
+    check_device(device)
+    first, second, third = (folder / f"{name}.safetensors" for name in STAGES)
+    coglm = load_config(first, "coglm")
+    direct = load_config(second, "direct") if has_weights(second) else None
+    iterative = direct is not None and has_weights(third)
+    number = parse_dtype(dtype, Sizes.of(coglm, direct, iterative).parameters)
+    mapped = torch.device(device).type == "cpu" and stored_dtype(first) == number
+    sizes = Sizes.of(coglm, direct, iterative, mapped)
+    return choose_plan(sizes, parse_memory(memory, device), number, device, offload)
+
+
+# --- the models of a folder -----------------------------------------------------------------------------------------
+
+
 class Stages(NamedTuple):
-    """The models of a folder; None where there is no file. Without ``offload`` all their weights are in memory."""
+    """The models of a folder; None where there is no file. Without ``offload`` all have their weights at hand."""
 
     coglm: CogLM
     direct: DirectSR | None = None
@@ -78,39 +116,77 @@ class Stages(NamedTuple):
     offload: Offload | None = None
 
 
-def load_stages(folder: Path, device: str = "cpu", one_by_one: bool = False) -> Stages:
+def load_stages(folder: Path, plan: Plan) -> Stages:
     """CogLM and, where there are files, both super-resolution models, in eval mode.
 
     Args:
-        one_by_one: make them without weights, and with an ``Offload`` that brings in those of the stage at work.
+        plan: how each has its weights.
 
     Raises:
         MiniCogViewError: if a file is missing or damaged, or the direct stage was trained on top of another CogLM.
     """
-    first, second, third = (folder / f"{name}.safetensors" for name in ("coglm", "direct", "iterative"))
-    if not one_by_one:
-        coglm = load_coglm(first).to(device)
-        if not has_weights(second):
-            return Stages(coglm)
-        iterative = load_iterative(third, coglm.transformer).to(device) if has_weights(third) else None
-        return Stages(coglm, load_direct(second, coglm.transformer).to(device), iterative)
-
+    first, second, third = (folder / f"{name}.safetensors" for name in STAGES)
+    offload = Offload(plan.device)
     with torch.device("meta"):
         coglm = CogLM(load_config(first, "coglm")).eval()
-        coglm.transformer.identity = identity(first)
-        offload = Offload({"coglm": coglm}, {"coglm": lambda: load_weights(first, "coglm")[1]}, device)
-        if not has_weights(second):
-            return Stages(coglm, offload=offload)
-        direct, iterative = DirectSR(load_config(second, "direct"), coglm.transformer).eval(), None
-        own = nn.ModuleDict({name: part for name, part in direct.named_children() if name != "base"})
-        offload.modules["direct"] = own
-        offload.read["direct"] = lambda: {
-            name: value
-            for name, value in load_part(second, "direct", coglm.transformer)[1].items()
-            if not name.startswith("base.")
-        }
-        if has_weights(third):
+    coglm.transformer.identity = identity(first)
+
+    def read_direct() -> State:
+        """Without what CogLM has in memory already: that is shared."""
+        _, state = load_part(second, "direct", first, None)
+        for name in same_as_coglm(second, coglm):
+            if shared:
+                del state[name]
+            elif not plan.one_by_one and not is_layer(name):
+                state[name] = coglm.get_parameter(name.replace("base.", "transformer.", 1)).data
+        return state
+
+    def add(name: str, module: nn.Module, way: Way, read: Callable[[], State], stack: Streamed) -> None:
+        offload.add(name, module, lambda: place(module, read(), way, plan, stack, folder), stays=way in BITS)
+
+    add("coglm", coglm, plan.draw, lambda: load_weights(first, "coglm", None)[1], coglm.transformer)
+    direct = iterative = None
+    if has_weights(second):
+        config = load_config(second, "direct")
+        base_names = {f"base.{name}" for name in coglm.transformer.state_dict()}
+        shared = plan.draw == plan.direct == "memory" and base_names <= set(same_as_coglm(second, coglm))
+        with torch.device("meta"):
+            direct = DirectSR(config, coglm.transformer if shared else None).eval()
+        own = {name: part for name, part in direct.named_children() if not (shared and name == "base")}
+        add("direct", nn.ModuleDict(own), plan.direct, read_direct, direct)
+    if has_weights(second) and has_weights(third):
+        with torch.device("meta"):
             iterative = IterativeSR(load_config(third, "iterative")).eval()
-            offload.modules["iterative"] = iterative
-            offload.read["iterative"] = lambda: load_part(third, "iterative", first)[1]
-    return Stages(coglm, direct, iterative, offload)
+        add("iterative", iterative, plan.refine, lambda: load_part(third, "iterative", first, None)[1], iterative)
+    if plan.one_by_one:
+        return Stages(coglm, direct, iterative, offload)
+    offload.need(*offload.modules)
+    return Stages(coglm, direct, iterative)
+
+
+def is_layer(name: str) -> bool:
+    """Whether a weight of this name belongs to one of the layers, and not to a table or to the norm at the end."""
+    return "layers." in name or "fine_attention." in name
+
+
+def place(module: nn.Module, state: State, way: Way, plan: Plan, stack: Streamed, source: Path) -> None:
+    """Give a module without weights those of a stage, in one of the four ways.
+
+    Args:
+        state: mapped from files. stack: the model whose layers they are, for those that stay on the disk.
+    """
+    here = {
+        name: value if way != "memory" and is_layer(name) else value.to(plan.device, plan.dtype)
+        for name, value in state.items()
+    }
+    load_into(module, here, source, assign=True)
+    if way == "disk":
+        stack.stream_layers(plan.device, plan.dtype)
+    elif way in BITS:
+        for blocks in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
+            for block in blocks:
+                stored = [parameter.data for parameter in block.parameters()]
+                quantize_layers(block.to(plan.device, plan.dtype), 8 if way == "int8" else 4)
+                if mapped_from_files(stored):
+                    for tensor in stored:
+                        forget_pages(tensor)

@@ -206,20 +206,19 @@ class IterativeSR(nn.Module):
                 raise MiniCogViewError("this model is told what stood in masked cells: give before, codes (B, F)")
             masked = (fine == config.coglm.ids.boi).to(device)
             cells = cells + base.token_embedding(before.to(device)) * masked[:, :, None]
-        n_heads, layers = config.coglm.transformer.n_heads, attentions(base.layers)
+        layers = attentions(base.layers)
 
         def attend(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
             attention = layers[i]
-            text, fine = lopar_attention(
-                split_heads(attention.qkv(text), n_heads), split_heads(attention.qkv(fine), n_heads), real, config
-            )
+            text_qkv, fine_qkv = (split_heads(attention.qkv(x), attention.n_heads) for x in (text, fine))
+            text, fine = lopar_attention(text_qkv, fine_qkv, real, config)
             return attention.out(text.flatten(2)), attention.out(fine.flatten(2))
 
         return run_levels(base, text, cells, attend, record, stream=self.stream)
 
-    def stream_layers(self, device: str = "cpu") -> None:
-        """From now on read the layers from their file when their turn comes; their weights have to be mapped."""
-        self.stream = Stream([[layer] for layer in self.base.layers], device)
+    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """From now on read the layers from their file when their turn comes; see ``Stream``."""
+        self.stream = Stream([[layer] for layer in self.base.layers], device, dtype)
 
     def check(self, fine: Tensor, region: Tensor | None) -> None:
         """Raise MiniCogViewError unless ``fine`` is (B, F) codes, and ``region`` None or (rows, columns)."""

@@ -2,7 +2,8 @@
 
 The idea: drawing needs CogLM, the first sharpening CogLM and what the direct stage adds to it, the second the iterative
 model alone. A module whose turn is over moves to torch's "meta" device, where tensors have shapes but no numbers; when
-its turn comes, its file is read again. Nothing else knows: the modules stay the same objects.
+its turn comes, its file is read again. Weights in few bits, which took a while to make, wait in the computer's memory
+while a GPU does without them. Nothing else knows: the modules stay the same objects.
 
 Mirrors: the original moves whole models between GPU and CPU memory (``sr_pipeline/sr_group.py``), so a machine needs
 room for all of them.
@@ -21,34 +22,47 @@ State = dict[str, Tensor]
 
 @dataclass(eq=False)
 class Offload:
-    """Modules of which only those at work have weights in memory.
+    """Modules of which only those at work have weights on a device.
 
     Attributes:
         device: where weights go.
-        modules: what there is to bring in, by name. read: what gives each one's weights.
+        modules: what there is to bring in, by name. bring: what gives each one its weights.
+        stays: those that are not read again but wait in the computer's own memory.
 
     Example:
         >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> states = {"first": first.state_dict(), "second": second.state_dict()}
-        >>> offload = Offload({"first": first, "second": second}, {name: lambda s=s: s for name, s in states.items()})
+        >>> offload = Offload("cpu")
+        >>> for name, module in (("first", first), ("second", second)):
+        ...     state = module.state_dict()
+        ...     offload.add(name, module, lambda m=module, s=state: m.load_state_dict(s, assign=True))
         >>> offload.need("second")
         >>> first.weight.device.type, second.weight.device.type
         ('meta', 'cpu')
     """
 
-    modules: dict[str, nn.Module]
-    read: dict[str, Callable[[], State]]
     device: torch.device | str = "cpu"
-    in_memory: set[str] = field(default_factory=set)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    bring: dict[str, Callable[[], object]] = field(default_factory=dict)
+    stays: set[str] = field(default_factory=set)
+    loaded: set[str] = field(default_factory=set)
+
+    def add(self, name: str, module: nn.Module, bring: Callable[[], object], stays: bool = False) -> None:
+        """One more module; ``bring`` gives it weights on the device."""
+        self.modules[name], self.bring[name] = module, bring
+        if stays:
+            self.stays.add(name)
 
     def need(self, *names: str) -> None:
         """Bring in these modules' weights, after letting go of all others'."""
-        for name, module in self.modules.items():
-            if name not in names:
-                module.to("meta")
-                self.in_memory.discard(name)
+        for name in self.modules.keys() - set(names):
+            if name in self.stays and name in self.loaded:
+                self.modules[name].to("cpu")
+            else:
+                self.modules[name].to("meta")
+                self.loaded.discard(name)
         for name in names:
-            if name not in self.in_memory:
-                state = {key: value.to(self.device) for key, value in self.read[name]().items()}
-                self.modules[name].load_state_dict(state, assign=True)
-                self.in_memory.add(name)
+            if name not in self.loaded:
+                self.bring[name]()
+                self.loaded.add(name)
+            elif name in self.stays:
+                self.modules[name].to(self.device)

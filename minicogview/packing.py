@@ -40,6 +40,8 @@ def can_pack(weight: Tensor, rows: int) -> bool:
         return False
     if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
         return False  # its removal is announced, without a successor as fast: then F.linear serves
+    if type(weight.detach()) is not Tensor:
+        return False  # a DTensor: of a matrix that is split over processes only a part is here
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or rows * torch.get_num_threads() > MOST_ROWS:
         return False
     return bool(weight.abs().max() <= torch.finfo(torch.half).max)

@@ -15,7 +15,6 @@ tokens outside of the mask are the picture's own on the fine grid too, not a sha
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,15 +29,16 @@ from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig
 from minicogview.editing import CONTEXT, Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.loading import check_fit, find_folder, load_stages, preset_of
+from minicogview.loading import check_fit, find_folder, load_stages, plan_for, preset_of
+from minicogview.memory import Plan
 from minicogview.offload import Offload
 from minicogview.pictures import Pictures
-from minicogview.sampling import Clusters, Sampler, check, cluster_codebook, load_labels
+from minicogview.sampling import Clusters, Sampler, cluster_codebook, load_labels, replace_settings
 from minicogview.sharpening import Progress, Sharpener
 from minicogview.tokenizer import Picture, Tokenizer, to_image
 from minicogview.vqvae import VQVAE
 
-BATCH = 32  # pictures that are drawn side by side; more of them wait for their turn
+BATCH = 32  # pictures that are drawn side by side, unless the plan says fewer; more of them wait for their turn
 
 
 @dataclass(eq=False)
@@ -52,6 +52,7 @@ class CogView2:
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
         sharpener: both super-resolution stages; None: pictures stay as coarse as ``coglm`` draws them.
         offload: brings in the weights of the stage at work; None: all are in memory.
+        plan: how each stage has its weights; None: in memory.
 
     Example:
         >>> model = CogView2.from_pretrained("toy")
@@ -68,6 +69,7 @@ class CogView2:
     labels: Tensor | None = None
     sharpener: Sharpener | None = None
     offload: Offload | None = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         self._clusters: dict[int, Clusters] = {}
@@ -79,6 +81,8 @@ class CogView2:
         preset: str | Preset | None = None,
         device: str = "cpu",
         offload: bool = False,
+        memory: str | Plan = "auto",
+        dtype: str = "auto",
     ) -> CogView2:
         """Load a preset whose weights ship with the package, or a folder of weights.
 
@@ -90,16 +94,20 @@ class CogView2:
                 that has the sizes in the files.
             device: where the models go.
             offload: have the weights of one stage at a time in memory, and read those of the next when its turn comes.
+            memory: how much there is, such as "6GB": chooses how each stage has its weights (``memory.py``); "auto":
+                what is free. Or a plan.
+            dtype: of the computation: "float32", "bfloat16", "float16"; "auto": by the size of the model.
 
         Raises:
-            MiniCogViewError: if there is no such preset or folder, or a file is missing, damaged or of
-                another model.
+            MiniCogViewError: if there is no such preset or folder, a file is missing, damaged or of another model, or
+                so little memory is not enough.
         """
         folder = find_folder(source)
         if preset is None and isinstance(source, str) and source in PRESETS:
             preset = source
-        coglm, direct, iterative, weights = load_stages(folder, device, one_by_one=offload)
-        vqvae = load_vqvae(folder / "vqvae.safetensors").to(device)
+        plan = memory if isinstance(memory, Plan) else plan_for(folder, memory, dtype, device, offload)
+        coglm, direct, iterative, weights = load_stages(folder, plan)
+        vqvae = load_vqvae(folder / "vqvae.safetensors").to(plan.device)
         chosen = preset if isinstance(preset, Preset) else preset_of(preset, coglm.config, vqvae.config, folder)
         tokenizer = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, chosen.level)
         check_fit(coglm.config, tokenizer, folder)
@@ -107,8 +115,8 @@ class CogView2:
         labels = load_labels(label_file, coglm.config.n_codes) if label_file.exists() else None
         sharpener = None
         if direct is not None:
-            sharpener = Sharpener(vqvae, chosen, direct, iterative, labels=labels, offload=weights)
-        return cls(coglm, tokenizer, chosen.sampling, labels, sharpener, weights)
+            sharpener = Sharpener(vqvae, chosen, direct, iterative, labels=labels, offload=weights, batch=plan.batch)
+        return cls(coglm, tokenizer, chosen.sampling, labels, sharpener, weights, plan)
 
     # --- sizes and settings
 
@@ -129,8 +137,13 @@ class CogView2:
         return self.grid * self.vqvae.config.rates[self.tokenizer.level]
 
     @property
+    def batch(self) -> int:
+        """Pictures that are drawn side by side."""
+        return (self.plan and self.plan.batch) or BATCH
+
+    @property
     def n_stages(self) -> int:
-        """How many stages there are weights for: 1 draws, 2 drafts the fine picture, 3 refines it."""
+        """Stages that there are weights for: 1 draws, 2 drafts the fine picture, 3 refines it."""
         return 1 if self.sharpener is None else self.sharpener.n_stages
 
     def clusters(self, n_clusters: int) -> Clusters | None:
@@ -150,20 +163,8 @@ class CogView2:
         return Sampler(seeds, sampling, self.clusters(sampling.n_clusters), self.grid**2)
 
     def settings(self, overrides: dict[str, Any]) -> SamplingConfig:
-        """The sampler's settings with some of them replaced.
-
-        Raises:
-            MiniCogViewError: if there is no such setting, or its value makes no sense.
-        """
-        known = [item.name for item in dataclasses.fields(SamplingConfig)]
-        for name, value in overrides.items():
-            if name not in known:
-                raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
-            if not math.isfinite(value):
-                raise MiniCogViewError(f"{name} is {value}: give a finite number")
-        settings = dataclasses.replace(self.sampling, **overrides)
-        check(settings)
-        return settings
+        """The sampler's settings with some of them replaced; raises as ``replace_settings`` does."""
+        return replace_settings(self.sampling, overrides)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, blanks around it left out.
@@ -228,7 +229,7 @@ class CogView2:
             raise MiniCogViewError(f"keep is {keep}: keep 1 to n = {n} of the pictures")
 
         def draw(seeds: list[int], done: int) -> Filled:
-            total = -(-n // BATCH) * self.grid**2
+            total = -(-n // self.batch) * self.grid**2
             report = None if on_step is None else lambda step: on_step("drawing", done + step, total)
             sampler = self.sampler(seeds, settings)
             return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
@@ -362,8 +363,8 @@ class CogView2:
     def _caption_scores(self, ids: list[int], tokens: Tensor) -> Tensor:
         """(n,) mean log-probability of one text's tokens as the caption of each picture (n, grid, grid)."""
         self._need_coglm()
-        texts, start = [[*ids, self.tokenizer.eos]] * BATCH, self.tokenizer.language_token(ids)
-        batches = tokens.flatten(1).split(BATCH)
+        texts, start = [[*ids, self.tokenizer.eos]] * self.batch, self.tokenizer.language_token(ids)
+        batches = tokens.flatten(1).split(self.batch)
         return torch.cat([self.coglm.score_captions(b, texts[: len(b)], start).cpu() for b in batches])
 
     def _need_coglm(self) -> None:
@@ -383,15 +384,15 @@ class CogView2:
         return starts[language]
 
     def _in_batches(self, draw: Callable[[list[int], int], Filled], text: str, n: int, seed: int) -> Pictures:
-        """Call ``draw(seeds, tokens done before)`` for at most BATCH pictures at a time; decode what it returns."""
+        """Call ``draw(seeds, tokens done before)`` for a batch of pictures at a time; decode what it returns."""
         if n < 1:
             raise MiniCogViewError(f"n is {n}: ask for 1 picture or more")
         if not 0 <= seed <= 2**63 - n:
             raise MiniCogViewError(f"seed is {seed}: use a whole number from 0 to 2 ** 63 - n")
         self._need_coglm()
         seeds = list(range(seed, seed + n))
-        starts = range(0, n, BATCH)
-        drawn = [draw(seeds[i : i + BATCH], i // BATCH * self.grid**2) for i in starts]
+        starts = range(0, n, self.batch)
+        drawn = [draw(seeds[i : i + self.batch], i // self.batch * self.grid**2) for i in starts]
         tokens = rearrange(torch.cat([part.tokens for part in drawn]), "n (h w) -> n h w", h=self.grid).cpu()
         # One by one: in a batch the decoder rounds differently, and a picture must not depend on its neighbours.
         images = [self.tokenizer.decode_picture(codes) for codes in tokens]

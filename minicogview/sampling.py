@@ -18,9 +18,12 @@ temperature 0 takes the likeliest token.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -284,6 +287,23 @@ def check(config: SamplingConfig) -> None:
         )
     if config.top_k < 1:
         raise MiniCogViewError(f"top_k {config.top_k} keeps nothing: use 1 or more")
+
+
+def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> SamplingConfig:
+    """Settings with some of them replaced, by name.
+
+    Raises:
+        MiniCogViewError: if there is no such setting, or its value makes no sense.
+    """
+    known = [item.name for item in dataclasses.fields(SamplingConfig)]
+    for name, value in overrides.items():
+        if name not in known:
+            raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
+        if not math.isfinite(value):
+            raise MiniCogViewError(f"{name} is {value}: give a finite number")
+    replaced = dataclasses.replace(settings, **overrides)
+    check(replaced)
+    return replaced
 
 
 # --- the two dials around the sampler

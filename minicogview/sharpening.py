@@ -27,7 +27,7 @@ from minicogview.vqvae import VQVAE
 
 Texts = Sequence[Sequence[int]]
 Progress = Callable[[str, int, int], None]  # (stage, done, of how many)
-BATCH = 8  # pictures that are sharpened side by side
+BATCH = 8  # pictures that are sharpened side by side, unless the plan for the memory says fewer
 MISSING = "these weights draw coarse pictures only: there is no direct.safetensors beside them"
 
 
@@ -41,6 +41,7 @@ class Sharpener:
         schedule: which tokens are guessed again in which round.
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
         offload: brings in the weights of the stage at work; None: all are in memory.
+        batch: pictures side by side at most; None: BATCH.
     """
 
     vqvae: VQVAE
@@ -50,6 +51,7 @@ class Sharpener:
     schedule: Schedule = OFFICIAL
     labels: Tensor | None = None
     offload: Offload | None = None
+    batch: int | None = None
 
     @cached_property
     def clusters(self) -> Clusters | None:
@@ -117,11 +119,11 @@ class Sharpener:
         region = None if keep is None else keep[1]
 
         def in_batches(name: str, work: Callable[[slice], Tensor]) -> Tensor:
-            parts = []
-            for i in range(0, len(coarse), BATCH):
-                parts.append(work(slice(i, i + BATCH)).cpu())
+            parts, batch = [], self.batch or BATCH
+            for i in range(0, len(coarse), batch):
+                parts.append(work(slice(i, i + batch)).cpu())
                 if on_step:
-                    on_step(name, min(i + BATCH, len(coarse)), len(coarse))
+                    on_step(name, min(i + batch, len(coarse)), len(coarse))
             return torch.cat(parts)
 
         self._need("coglm", "direct")

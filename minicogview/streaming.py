@@ -62,7 +62,8 @@ class Stream:
     Args:
         groups: the modules of each layer, of all levels. Their parameters should be mapped from files, see
             ``load_weights`` with ``dtype=None``; if they are not, nothing is let go of.
-        device: where the layers work; on a GPU each is copied over and the copy dropped again.
+        device, dtype: where the layers work, and in which number format; the second thread copies what is elsewhere
+            or otherwise, and the copy is dropped after use. None: as they are stored.
 
     Example:
         >>> layers = [nn.Linear(2, 2) for _ in range(3)]
@@ -71,28 +72,45 @@ class Stream:
         3
     """
 
-    def __init__(self, groups: Sequence[Sequence[nn.Module]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[nn.Module]],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.parameters = [[p for module in group for p in module.parameters()] for group in groups]
         self.stored = [[p.data for p in group] for group in self.parameters]
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.mapped = mapped_from_files([tensor for group in self.stored for tensor in group])
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        # Copies to a GPU go on beside its work, in an order of their own.
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def walk(self, layers: Iterable[Any]) -> Iterator[Any]:
-        """The layers, each with its weights in memory while it is at work."""
-        ahead: Future[None] | None = self._read(0)
+        """The layers, each with its weights at hand while it is at work."""
+        ahead = self._read(0)
         for i, layer in enumerate(layers):
-            if ahead is not None:
-                ahead.result()
-            ahead = self._read(i + 1)
-            if self.device.type != "cpu":
-                for parameter, stored in zip(self.parameters[i], self.stored[i], strict=True):
-                    parameter.data = stored.to(self.device, non_blocking=True)
+            weights, ahead = ahead.result(), self._read(i + 1)
+            if self.copies is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self.copies)
+            for parameter, weight in zip(self.parameters[i], weights, strict=True):
+                parameter.data = weight
+                if self.copies is not None:  # else its memory could be given away before the work is done
+                    weight.record_stream(torch.cuda.current_stream(self.device))
+            del weights
             yield layer
             for parameter, stored in zip(self.parameters[i], self.stored[i], strict=True):
                 parameter.data = stored
                 if self.mapped:
                     forget_pages(stored)
 
-    def _read(self, i: int) -> Future[None] | None:
-        return self.reader.submit(touch, self.stored[i]) if i < len(self.stored) else None
+    def _read(self, i: int) -> Future[list[Tensor]]:
+        return self.reader.submit(self._fetch, self.stored[i] if i < len(self.stored) else [])
+
+    def _fetch(self, stored: list[Tensor]) -> list[Tensor]:
+        """Weights where they are needed; at home there they are the stored ones, their pages read."""
+        touch(stored)
+        if self.copies is None:
+            return [tensor.to(self.device, self.dtype) for tensor in stored]
+        with torch.cuda.stream(self.copies):
+            return [tensor.to(self.device, self.dtype, non_blocking=True) for tensor in stored]

@@ -134,9 +134,11 @@ def choose_codes(
 ) -> Tensor:
     """Sample a code for each of the given cells (S,) from hidden states (B, F, D), a chunk of cells at a time.
 
-    In one piece the logits of four released pictures would take 4 x 3600 x 20000 floats, over a gigabyte.
+    In one piece the logits of four released pictures would take 4 x 3600 x 20000 floats, over a gigabyte. A chunk has
+    so many cells of all pictures together.
     """
-    return torch.cat([sampler(base.logits(hidden[:, part], n_codes), part) for part in cells.split(chunk)], dim=1)
+    parts = cells.split(max(1, chunk // len(hidden)))
+    return torch.cat([sampler(base.logits(hidden[:, part], n_codes), part) for part in parts], dim=1)
 
 
 def check_codes(codes: Tensor, n_cells: int, n_codes: int, what: str) -> None:
@@ -248,22 +250,22 @@ class DirectSR(nn.Module):
         cells = self.start_cells(coarse, start).to(device)  # (B, F)
         fine = base.token_embedding(cells) + self.fine_position.weight  # (B, F, D)
         bias = attention_bias(low_mask(real, layout.n_image))
-        n_heads, of_low = config.coglm.transformer.n_heads, attentions(base.layers)
+        of_low = attentions(base.layers)
         fine_layers = self.fine_layers if config.own_layers else None
         of_fine = cast(list[Attention], self.fine_attention) if fine_layers is None else attentions(fine_layers)
 
         def attend(i: int, low: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
             ours, own = of_low[i], of_fine[i]
-            low_qkv, fine_qkv = split_heads(ours.qkv(low), n_heads), split_heads(own.qkv(fine), n_heads)
+            low_qkv, fine_qkv = split_heads(ours.qkv(low), ours.n_heads), split_heads(own.qkv(fine), own.n_heads)
             low, fine = direct_attention(low_qkv, fine_qkv, bias, config)
             return ours.out(low.flatten(2)), own.out(fine.flatten(2))
 
         return run_levels(base, low, fine, attend, record, fine_layers, self.stream)
 
-    def stream_layers(self, device: str = "cpu") -> None:
-        """From now on read the layers from their file when their turn comes; their weights have to be mapped."""
+    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """From now on read the layers from their file when their turn comes; see ``Stream``."""
         own = self.fine_layers if self.config.own_layers else self.fine_attention
-        self.stream = Stream(list(zip(self.base.layers, own, strict=True)), device)
+        self.stream = Stream(list(zip(self.base.layers, own, strict=True)), device, dtype)
 
     def start_cells(self, coarse: Tensor, start: Tensor | None) -> Tensor:
         """What the fine tokens are before anything is known about them: (B, F) ids, as ``config.fine_start`` says."""

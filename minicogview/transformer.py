@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class KVCache:
         config: the transformer's sizes.
         batch: rows that will be generated side by side.
         max_len: the most tokens that a row will ever hold.
+        n_heads: heads that are kept here; None: all. Others may be on other machines (``parallel.py``).
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class KVCache:
         max_len: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        n_heads: int | None = None,
     ):
-        heads, size = config.n_heads, config.d_model // config.n_heads
-        shape = (config.n_layers, batch, heads, max_len, size)
+        size = config.d_model // config.n_heads
+        shape = (config.n_layers, batch, n_heads or config.n_heads, max_len, size)
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, N, S, H)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
@@ -134,8 +136,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        # On a CPU the fused backward pass took three times as long as the plain one at the toy's sizes.
-        plain = record is not None or self.pb_relax is not None or (x.device.type == "cpu" and x.requires_grad)
+        # On a CPU the fused backward pass took three times as long as the plain one at the toy's sizes, and the fused
+        # forward pass four times as long for a single query in bfloat16.
+        slow = x.requires_grad or (x.dtype == torch.bfloat16 and x.shape[1] == 1)
+        plain = record is not None or self.pb_relax is not None or (x.device.type == "cpu" and slow)
         if not plain:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         else:
@@ -268,8 +272,12 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache for so many rows and tokens, on this model's device and in its number format."""
-        table = self.token_embedding.weight
-        return KVCache(self.config, batch, max_len, table.device, table.dtype)
+        table, n_heads = self.token_embedding.weight, cast(Block, self.layers[0]).attention.n_heads
+        return KVCache(self.config, batch, max_len, table.device, table.dtype, n_heads)
+
+    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """From now on read the layers from their file when their turn comes; see ``Stream``."""
+        self.stream = Stream([[layer] for layer in self.layers], device, dtype)
 
     def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
         """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""

@@ -379,7 +379,7 @@ def test_coglm_cached_generation(coglm: CogLM, monkeypatch: pytest.MonkeyPatch) 
         caches.append(KVCache(*args))
         return caches[-1]
 
-    monkeypatch.setattr("minicogview.coglm.KVCache", kept_cache)
+    monkeypatch.setattr("minicogview.transformer.KVCache", kept_cache)
     n_text = config["txt"]
     assert g["prompt"][n_text] == config["boi"] and (g["prompt"][n_text + 1 :] == -1).all()
     expected = g["tokens"][:, n_text + 1 :]

@@ -1,0 +1,256 @@
+"""What the stages of a large model cost on this machine: seconds, tokens, memory, and how near they come to its limits.
+
+Stages: "draw" is one step of CogLM for a batch of pictures, measured over some steps after the prompt; "direct" and
+"refine" are one pass of each super-resolution model, sampling included (LoPAR has six passes); "picture" is a whole
+picture under a plan for so much memory, loading left out. Weights: "bf16", "int8" and "int4" are in memory, "disk"
+reads layer after layer. Each row has a process of its own, whose peak memory is its own.
+
+Limits are measured in the same run: how fast memory is read by a large sum (a GPU's by a large copy), how fast a
+bfloat16 product as large as one of a layer's goes, and how fast the disk is read. A step of drawing can be no faster
+than its weights and cache are read, a pass no faster than its products, or than the disk; "share" is that floor / time.
+
+    python benchmarks/generate.py FOLDER                             a folder of weights; random ones are written if new
+    python benchmarks/generate.py FOLDER --device cuda
+    python benchmarks/generate.py FOLDER --stages draw --weights int4 --batches 1 4 --json FILE
+    python benchmarks/generate.py FOLDER --stages picture --memory 6GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from importing import Memory, disk_speed, forget
+
+from minicogview.config import SamplingConfig, get_preset
+from minicogview.cost import sharpen_flops
+from minicogview.loading import load_stages
+from minicogview.lopar import OFFICIAL, IterativeSR
+from minicogview.memory import BITS, Plan, Sizes
+from minicogview.pipeline import CogView2
+from minicogview.random_weights import write_random
+from minicogview.sampling import Clusters, Sampler
+from minicogview.super_resolution import DirectSR
+
+WAYS: dict[str, Any] = {"bf16": "memory", "int8": "int8", "int4": "int4", "disk": "disk"}
+TEXT = 16  # tokens of the text
+
+
+class Enough(Exception):
+    """Ends drawing after the steps that are timed."""
+
+
+def wait(device: str) -> None:
+    """Until the device has done its work."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def limits(folder: Path, device: str) -> dict[str, float]:
+    """Bytes a second from memory and from the disk, and operations a second of a large product."""
+    rows, inner, columns = 3600, 3072, 12288
+    a, b = (torch.randn(n, inner, dtype=torch.bfloat16, device=device) for n in (rows, columns))
+    large = torch.ones(2**27, dtype=torch.int64, device=device)
+
+    def best(work: Any, rounds: int = 5) -> float:
+        times = []
+        for _ in range(rounds):
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    copies = 1 if device == "cpu" else 2  # bytes that a copy reads and writes
+    seconds = best(large.sum if device == "cpu" else large.clone)
+    return {
+        "memory": copies * large.nbytes / seconds,
+        "product": 2 * rows * inner * columns / best(lambda: torch.nn.functional.linear(a, b)),
+        "disk": disk_speed(folder)[1],
+    }
+
+
+def draw(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float:
+    """Seconds of a step."""
+    model, _, _, offload = load_stages(folder, plan)
+    assert offload is not None
+    offload.need("coglm")
+    clusters = Clusters.of(torch.arange(preset.coglm.n_codes) % SamplingConfig().n_clusters)
+    sampler = Sampler(range(batch), SamplingConfig(), clusters, preset.layout.n_image)
+    text = list(range(preset.coglm.n_codes + 100, preset.coglm.n_codes + 100 + TEXT))
+    times = []
+
+    def on_step(done: int) -> None:
+        if done in (3, 3 + steps):  # the first ones warm up
+            wait(str(plan.device))
+            times.append(time.perf_counter())
+        if done == 3 + steps:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        model.generate([text], sampler, batch, SamplingConfig().text_weight, on_step=on_step)
+    return (times[1] - times[0]) / steps
+
+
+def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> float:
+    """Seconds of one pass of a super-resolution stage."""
+    _, direct, iterative, offload = load_stages(folder, plan)
+    assert offload is not None and direct is not None and iterative is not None
+    offload.need(*(["coglm", "direct"] if stage == "direct" else ["iterative"]))
+    texts = [[preset.coglm.n_codes + 100 + i for i in range(TEXT)]] * batch
+    n_cells = preset.layout.n_image if stage == "direct" else direct.config.fine_grid[0] ** 2
+    codes = torch.randint(preset.coglm.n_codes, (batch, n_cells), generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(range(batch), SamplingConfig(top_k=40, n_clusters=0), None, direct.config.fine_grid[0] ** 2)
+    times = []
+    for _ in range(1 if plan.device == "cpu" else 3):
+        for file in folder.glob("*-of-*.safetensors"):
+            forget(file)  # of a pass from the disk the disk is a part
+        wait(plan.device)
+        start = time.perf_counter()
+        if stage == "direct":
+            direct.upsample(texts, codes, sampler)
+        else:
+            iterative.refine(texts, codes, [sampler], replace(OFFICIAL, top_k=OFFICIAL.top_k[:1]))
+        wait(plan.device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
+    """Seconds of a whole picture, and of its stages."""
+    start = time.perf_counter()
+    model = CogView2.from_pretrained(folder, memory=memory, device=device)
+    began = {"loading": start, "drawing": time.perf_counter()}
+
+    def on_step(stage: str, done: int, total: int) -> None:
+        began.setdefault(f"{stage} first", time.perf_counter())
+        began[f"{stage} last"] = time.perf_counter()
+
+    model.generate("a red apple", n=1, on_step=on_step)
+    end = time.perf_counter()
+    return {
+        "load_s": began["drawing"] - start,
+        "draw_s": began["drawing last"] - began["drawing"],
+        "direct_s": began["sharpening last"] - began["drawing last"],
+        "refine_s": began["refining last"] - began["sharpening last"],
+        "s": end - began["drawing"],
+    }
+
+
+def floor(stage: str, weights: str, batch: int, preset: Any, speed: dict[str, float]) -> float:
+    """Seconds that this machine needs at least."""
+    sizes = Sizes.of(preset.coglm, preset.direct, True, mapped=True)
+    bits = {"bf16": 16.0, "disk": 16.0, **BITS}[weights]
+    if stage == "draw":
+        head, cache = 2 * preset.coglm.n_codes * preset.transformer.d_model, sizes.draw_picture * batch  # half full
+        return max((sizes.layers * bits / 8 + head + cache) / speed["memory"], _from_disk(weights, sizes.layers, speed))
+    kind, config = (DirectSR, preset.direct) if stage == "direct" else (IterativeSR, preset.iterative)
+    layers = sizes.layers + (sizes.extra if stage == "direct" else 0)
+    return max(batch * sharpen_flops(config, kind, TEXT) / speed["product"], _from_disk(weights, layers, speed))
+
+
+def _from_disk(weights: str, layers: int, speed: dict[str, float]) -> float:
+    return 2 * layers / speed["disk"] if weights == "disk" else 0.0
+
+
+def worker(options: argparse.Namespace) -> None:
+    """One row, as JSON on stdout."""
+    torch.set_num_threads(options.threads)
+    preset, (stage, weights, batch) = get_preset(options.preset), options.row
+    memory = Memory()
+    memory.start()
+    if stage == "picture":
+        row = picture(options.folder, weights, options.device)
+    else:
+        way = WAYS[weights]
+        plan = Plan(way, way, way, True, torch.bfloat16, options.device)
+        n = int(batch)
+        work = draw if stage == "draw" else one_pass
+        row = {"s": work(options.folder, preset, plan, n, options.steps if stage == "draw" else stage)}
+    memory.ended = True
+    on_gpu = options.device != "cpu"
+    row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else memory.resident
+    print(json.dumps(row))
+
+
+def measure(options: argparse.Namespace, stage: str, weights: str, batch: int) -> dict[str, Any]:
+    """One row in a process of its own; why there is none where it cannot be."""
+    if options.device != "cpu" and not torch.cuda.is_available():
+        return {"not_measured": "no GPU here"}
+    command = [sys.executable, __file__, str(options.folder), "--row", stage, weights, str(batch)]
+    same = ["--preset", options.preset, "--device", options.device, "--threads", str(options.threads)]
+    done = subprocess.run([*command, *same, "--steps", str(options.steps)], capture_output=True, text=True)
+    if done.returncode:
+        return {"not_measured": done.stderr.strip().splitlines()[-1]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def said(value: Any) -> str:
+    """A number with three digits behind the point."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Measure what was asked for, print a row at a time, and write them all."""
+    parser = argparse.ArgumentParser(description="what the stages of a large model cost on this machine")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", default="cogview2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--stages", nargs="+", default=["draw", "direct", "refine", "picture"])
+    parser.add_argument("--weights", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--memory", nargs="+", default=["6GB"])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="write the rows here; rows that are there already stay")
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        worker(options)
+        return
+    preset = get_preset(options.preset)
+    write_random(options.folder, preset)
+    cpu = options.device == "cpu"
+    torch.set_num_threads(options.threads)
+    speed = limits(options.folder, options.device) if cpu or torch.cuda.is_available() else {}
+    name = f"{platform.machine()}, {options.threads} threads of {os.cpu_count()}"
+    facts = {
+        "date": date.today().isoformat(),
+        "preset": options.preset,
+        "torch": torch.__version__,
+        "device": name if cpu else torch.cuda.get_device_name() if speed else "GPU",
+        **{f"{what}_per_s": value for what, value in speed.items()},
+    }
+    print(json.dumps(facts))
+    rows = []
+    for stage in options.stages:
+        for weights in options.memory if stage == "picture" else options.weights:
+            for batch in [1] if stage == "picture" else options.batches:
+                row = {"stage": stage, "weights": weights, "batch": batch}
+                row |= measure(options, stage, weights, batch)
+                if "s" in row and stage != "picture":
+                    least = floor(stage, weights, batch, preset, speed)
+                    tokens = batch * (1 if stage == "draw" else preset.layout.n_image * preset.fine_factor**2)
+                    row |= {"tokens_per_s": tokens / row["s"], "floor_s": least, "share": least / row["s"]}
+                rows.append(row)
+                print(", ".join(f"{key} {said(value)}" for key, value in row.items()), flush=True)
+    if options.json:
+        known = json.loads(options.json.read_text()) if options.json.is_file() else []
+        options.json.write_text(json.dumps([*known, {**facts, "rows": rows}], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
