@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minicogview import masking
 from minicogview.config import CogLMConfig
+from minicogview.decoding import FixedStep, fixed_steps_pay
 from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
 from minicogview.packing import pack, packed
@@ -144,6 +145,7 @@ class CogLM(nn.Module):
                 tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
             )[:, -1]  # (R, D)
             hidden, head = hidden.expand(batch, -1), self._head(batch)
+            fixed = FixedStep(self.transformer, cache, bias) if fixed_steps_pay(self.transformer) else None
             for i in range(n_context, length):
                 if wanted[i]:
                     logits = head(hidden).float()  # (B, codes)
@@ -153,8 +155,12 @@ class CogLM(nn.Module):
                     if on_step is not None:
                         on_step(step)
                 if i < length - 1:
-                    row = bias[:, :, i : i + 1, : i + 1] if biased[i] else None
-                    hidden = self.transformer(out[:, i : i + 1], positions[:, i : i + 1], row, cache)[:, -1]
+                    token, position = out[:, i : i + 1], positions[:, i : i + 1]
+                    if fixed is not None:
+                        hidden = fixed(token, position, i)
+                    else:
+                        row = bias[:, :, i : i + 1, : i + 1] if biased[i] else None
+                        hidden = self.transformer(token, position, row, cache)[:, -1]
         keep = batch if guidance == 1.0 else batch // 2
         return Filled(out[:keep], total[:keep] / max(step, 1))
 

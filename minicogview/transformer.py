@@ -76,12 +76,15 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, N, S, H)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.place: Tensor | None = None  # (1,), where the next token goes, if steps are to be fixed: ``decoding.py``
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``k, v`` (B or 1, N, T, H) behind what is there; return all keys and values so far.
 
         A batch of one is shared by all rows: that is how one prompt serves many pictures.
         """
+        if self.place is not None:  # the same work whatever the place is: all places are returned
+            return self.k[layer].index_copy_(2, self.place, k), self.v[layer].index_copy_(2, self.place, v)
         end = self.length + k.shape[2]
         if end > self.k.shape[3]:
             raise MiniCogViewError(f"KV cache holds {self.k.shape[3]} tokens, {end} were given: allocate a longer one")
