@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,13 +14,21 @@ SourceFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC"
 TargetFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 
 
-def import_weights(source: SourceFolder, target: TargetFolder, /, preset: str = "cogview2", json: bool = False) -> int:
+def import_weights(
+    source: SourceFolder,
+    target: TargetFolder,
+    /,
+    preset: str = "cogview2",
+    dtype: Literal["released", "bfloat16", "float16", "float32"] = "released",
+    json: bool = False,
+) -> int:
     """Turn the released checkpoint folders into safetensors files. What was stopped goes on when it is called again.
 
     Args:
         source: holds any of coglm, cogview2-dsr, cogview2-itersr, ice_image.pt, ice_text.model, cluster_label.npy.
         target: folder for the weights, made if missing.
         preset: sizes that are expected.
+        dtype: number format to write; bfloat16 is the best for running on a CPU, released is what the authors gave.
         json: print the result as JSON.
     """
     sizes = get_preset(preset)
@@ -28,6 +36,7 @@ def import_weights(source: SourceFolder, target: TargetFolder, /, preset: str = 
     from tqdm import tqdm
 
     from minicogview.importing import import_released
+    from minicogview.memory import parse_dtype
 
     with tqdm(unit="B", unit_scale=True, leave=False, disable=True if json else None) as bar:
 
@@ -36,7 +45,8 @@ def import_weights(source: SourceFolder, target: TargetFolder, /, preset: str = 
             bar.set_description(file, refresh=False)
             bar.update(done - bar.n)
 
-        report = import_released(source, target, sizes, on_step)
+        number = None if dtype == "released" else parse_dtype(dtype, 0)
+        report = import_released(source, target, sizes, on_step, dtype=number)
     return show(
         {
             "weights": str(target),

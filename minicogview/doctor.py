@@ -1,10 +1,9 @@
 """``minicogview doctor``: what is in a folder of weights, and what would run on this machine, in words.
 
 The idea: whoever has 40 GB of released files wants to know before the first run whether anything is missing or damaged,
-how much memory each way of running takes, and about how long a picture would take. Memory follows from the sizes of the
-modules (``cost.py``), time from two speeds that are measured here and now: of a large copy, since drawing token by
-token reads all weights again and again, and of a large matrix product, since super-resolution computes with thousands
-of tokens at a time.
+how the weights would run in so much memory (``memory.py``), and about how long a picture would take. Time follows from
+two speeds that are measured here and now: of a large sum, since drawing token by token reads all weights again and
+again, and of a large matrix product, since super-resolution computes with thousands of tokens at a time.
 
 Simplified: times are what the measured speeds allow at best; real runs take up to twice as long.
 """
@@ -25,7 +24,7 @@ from minicogview.cost import costs
 from minicogview.errors import MiniCogViewError
 from minicogview.importing import MODELS, PICTURES, TEXT, check_source, find_parts
 from minicogview.loading import find_folder
-from minicogview.memory import free_memory
+from minicogview.memory import BITS, Sizes, choose_plan, free_memory, parse_dtype, parse_memory
 from minicogview.sat import SatFolder, open_torch_file
 from minicogview.shards import INDEX, Shards
 
@@ -134,33 +133,33 @@ def check_weights(path: Path, name: str, verify: bool) -> str:
 
 
 def machine(preset: Preset | None) -> list[str]:
-    """What would run here, and how long one picture would take at best."""
+    """How the weights would run here in so much memory, and how long one picture would take at best."""
     memory = free_memory()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = [line("this machine", f"{os.cpu_count()} cores, {memory / 1e9:.1f} GB of memory free, {gpu}")]
     if preset is None:
         return lines
-    counted = costs(preset)
-    stages, total = counted["stages"], counted["total"]
-    numbers = 4 if preset.name == "toy" else 2  # the toy is computed in float32
-    draw, direct, refine = (stages[name]["parameters"] * numbers for name in ("draw", "direct", "refine"))
-    layer = draw / preset.transformer.n_layers
-    ways = {
-        "all in memory": total["parameters"] * numbers,
-        "--offload": max(draw + direct, refine),
-        "layers from the disk": 3 * layer + preset.vqvae.codebook_size * preset.transformer.d_model * numbers,
-    }
-    for way, needed in ways.items():
-        lines.append(line(way, f"{needed / 1e9:.2f} GB of weights: {'fits' if needed < 0.9 * memory else 'TOO MUCH'}"))
+    sizes = Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)
+    number = parse_dtype("auto", sizes.parameters)
     copy, product = speeds()
-    lines.append(line("measured", f"copies {copy / 1e9:.1f} GB/s, products {product / 1e9:.0f} GFLOP/s"))
-    seconds = {
-        "drawing": counted["image_tokens"] * draw / copy,
-        "direct super-resolution": stages["direct"]["flops"] / product,
-        "LoPAR": stages["refine"]["flops"] / product,
-    }
-    said = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    return [*lines, line("a picture, at best", f"{said}; together {sum(seconds.values()):.0f} s")]
+    lines.append(line("measured", f"reads {copy / 1e9:.1f} GB/s, products {product / 1e9:.0f} GFLOP/s"))
+    stages, n_tokens = costs(preset)["stages"], preset.layout.n_image
+    passes = (stages["direct"]["flops"] + stages["refine"]["flops"]) / product
+    said = ""
+    for budget in ("6GB", "12GB", "24GB", "auto"):
+        try:
+            plan = choose_plan(sizes, parse_memory(budget), number)
+        except MiniCogViewError as error:
+            lines.append(line(f"--memory {budget}", f"TOO LITTLE: {error}"))
+            continue
+        if str(plan) == said:
+            continue
+        said = str(plan)
+        read = sizes.layers * number.itemsize * (BITS[plan.draw] / 16 if plan.draw in BITS else 1.0)
+        seconds = n_tokens * read / copy if plan.draw != "disk" else float("inf")
+        how_long = f"at best {seconds:.0f} s to draw and {passes:.0f} s to sharpen" if seconds < 1e6 else "very slow"
+        lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {how_long}"))
+    return lines
 
 
 def speeds() -> tuple[float, float]:

@@ -43,10 +43,10 @@ ON_GPU: tuple[Ways, ...] = (
     ("disk", "disk", "disk", False),
 )
 ONE_BY_ONE: Ways = ("memory", "memory", "memory", True)
-SAID = {"memory": "weights in memory", "int8": "8-bit weights", "int4": "4-bit weights", "disk": "layers from the disk"}
+SAID = {"memory": "weights as they are", "int8": "8-bit weights", "int4": "4-bit weights", "disk": "those on the disk"}
 BITS = {"int8": 8.5, "int4": 4.5}  # of a weight, its share of scale and offset included: 32 bits for 64 weights
 LAYERS_AHEAD = 3  # from the disk: the layer at work, the one that is read, and what is left of the one before
-FIXED = int(1.2e9)  # bytes: Python and PyTorch, the picture tokenizer at work, logits of 1,024 fine tokens
+FIXED = int(1.2e9)  # bytes: Python and PyTorch, the picture tokenizer at work, logits of 512 fine tokens
 SMALL = 10**9  # parameters: models below this are computed in float32, and their plans have no fixed part to speak of
 MOST = 8  # pictures side by side
 
@@ -74,11 +74,15 @@ class Plan:
 
     def __str__(self) -> str:
         ways = {"drawing": self.draw, "direct super-resolution": self.direct, "LoPAR": self.refine}
-        said = ", ".join(f"{stage}: {SAID[way]}" for stage, way in ways.items())
-        together = "one stage at a time in memory" if self.one_by_one else "all stages at hand"
-        numbers = str(self.dtype).removeprefix("torch.")
+        if self.direct == self.refine:
+            ways = {"drawing": self.draw, "sharpening": self.direct}
+        said = ", ".join(f"{stage} with {SAID[way]}" for stage, way in ways.items())
+        if self.draw == self.direct == self.refine == "memory":
+            said = "all weights in memory"
+        if self.one_by_one:
+            said += ", of one stage at a time"
         size = f", about {self.needed / 1e9:.1f} GB" if self.needed else ""
-        return f"{said}; {together}, {numbers} on {self.device}{size}"
+        return f"{said}; {str(self.dtype).removeprefix('torch.')} on {self.device}{size}"
 
 
 def parse_memory(text: str, device: str = "cpu") -> int:

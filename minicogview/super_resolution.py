@@ -130,7 +130,7 @@ def run_levels(
 
 
 def choose_codes(
-    base: Transformer, hidden: Tensor, cells: Tensor, n_codes: int, sampler: CellSampler, chunk: int = 1024
+    base: Transformer, hidden: Tensor, cells: Tensor, n_codes: int, sampler: CellSampler, chunk: int = 512
 ) -> Tensor:
     """Sample a code for each of the given cells (S,) from hidden states (B, F, D), a chunk of cells at a time.
 

