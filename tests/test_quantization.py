@@ -143,8 +143,25 @@ def test_what_cannot_be_quantised_is_said() -> None:
     for bits in (2, 16):
         with pytest.raises(MiniCogViewError, match=rf"^{bits} bits: weights are kept in 4 or 8 bits$"):
             quantize(torch.zeros(2, 64), bits)
-    with pytest.raises(MiniCogViewError, match=r"^a matrix with 100 inputs: in few bits it needs a multiple of 64$"):
-        quantize(torch.zeros(2, 100), 4)
+
+
+@BITS
+@pytest.mark.parametrize("width", [1, 56, 100])
+def test_a_last_group_need_not_be_full(bits: int, width: int) -> None:
+    weight, bias, x = normal(32, width), normal(32), normal(5, width)
+    q = quantize(weight, bits)
+    whole = dequantize(q)
+    assert whole.shape == (32, -(-width // 64) * 64)
+    assert relative_error(weight, q) < (0.12 if bits == 4 else 0.008)
+    expected = F.linear(x, whole[:, :width], bias)
+    torch.testing.assert_close(QuantizedLinear(q, bias)(x), expected)
+    if has_int4_product(torch.device("cpu")):
+        y = Int4ProductLinear(q, bias.bfloat16())(x.bfloat16())
+        torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.05)
+
+
+def test_nothing_has_no_error() -> None:
+    assert relative_error(torch.zeros(2, 64), quantize(torch.zeros(2, 64), 4)) == 0
 
 
 # --- products on a CPU
