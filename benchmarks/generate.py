@@ -108,7 +108,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
     """Seconds of one pass of a super-resolution stage."""
     _, direct, iterative, offload = load_stages(folder, plan)
     assert offload is not None and direct is not None and iterative is not None
-    offload.need(*(["coglm", "direct"] if stage == "direct" else ["iterative"]))
+    offload.need("direct" if stage == "direct" else "iterative")
     texts = [[preset.coglm.n_codes + 100 + i for i in range(TEXT)]] * batch
     n_cells = preset.layout.n_image if stage == "direct" else direct.config.fine_grid[0] ** 2
     codes = torch.randint(preset.coglm.n_codes, (batch, n_cells), generator=torch.Generator().manual_seed(0))

@@ -154,6 +154,8 @@ def load_stages(folder: Path, plan: Plan) -> Stages:
             direct = DirectSR(config, coglm.transformer if shared else None).eval()
         own = {name: part for name, part in direct.named_children() if not (shared and name == "base")}
         add("direct", nn.ModuleDict(own), plan.direct, read_direct, direct)
+        if shared:
+            offload.stands_on["direct"] = "coglm"
     if has_weights(second) and has_weights(third):
         with torch.device("meta"):
             iterative = IterativeSR(load_config(third, "iterative")).eval()

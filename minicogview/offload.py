@@ -28,6 +28,7 @@ class Offload:
         device: where weights go.
         modules: what there is to bring in, by name. bring: what gives each one its weights.
         stays: those that are not read again but wait in the computer's own memory.
+        stands_on: for modules that cannot work without another one, its name.
 
     Example:
         >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -44,6 +45,7 @@ class Offload:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     bring: dict[str, Callable[[], object]] = field(default_factory=dict)
     stays: set[str] = field(default_factory=set)
+    stands_on: dict[str, str] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
 
     def add(self, name: str, module: nn.Module, bring: Callable[[], object], stays: bool = False) -> None:
@@ -53,7 +55,8 @@ class Offload:
             self.stays.add(name)
 
     def need(self, *names: str) -> None:
-        """Bring in these modules' weights, after letting go of all others'."""
+        """Bring in the weights of these modules and of what they stand on, after letting go of all others'."""
+        names = (*(self.stands_on[name] for name in names if name in self.stands_on), *names)
         for name in self.modules.keys() - set(names):
             if name in self.stays and name in self.loaded:
                 self.modules[name].to("cpu")

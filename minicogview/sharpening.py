@@ -126,7 +126,7 @@ class Sharpener:
                     on_step(name, min(i + batch, len(coarse)), len(coarse))
             return torch.cat(parts)
 
-        self._need("coglm", "direct")
+        self._need("direct")
         drafts = in_batches("sharpening", lambda some: self.draft(texts[some], coarse[some], seeds[some]))
         if keep is not None:
             drafts = torch.where(keep[1].flatten(), drafts, keep[0])
@@ -138,6 +138,6 @@ class Sharpener:
             in_batches("refining", lambda some: self.refine(texts[some], drafts[some], seeds[some], region)[-1]),
         ]
 
-    def _need(self, *stages: str) -> None:
+    def _need(self, stage: str) -> None:
         if self.offload is not None:
-            self.offload.need(*stages)
+            self.offload.need(stage)

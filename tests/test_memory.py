@@ -140,10 +140,14 @@ def test_four_bits_still_know_an_apple(reference: torch.Tensor) -> None:
 
 def test_stages_in_few_bits_wait_in_memory_and_come_back() -> None:
     model, whole = toy(draw="int8", direct="int8", refine="int8", one_by_one=True), toy(draw="int8", direct="int8")
-    assert model.offload is not None
+    offload, read = model.offload, list[str]()
+    assert offload is not None and offload.stands_on == {}  # the direct stage has a base of its own, in few bits
+    for name, bring in offload.bring.items():
+        offload.bring[name] = lambda name=name, bring=bring: (read.append(name), bring())
     for _ in range(2):
         one, other = (m.generate("a red apple", n=1, seed=0, stages=2).fine_tokens for m in (model, whole))
         assert one is not None and other is not None and torch.equal(one, other)
+    assert read == ["coglm", "direct"]  # once each
 
 
 def test_bfloat16_halves_the_weights_and_keeps_the_picture(reference: torch.Tensor) -> None:
