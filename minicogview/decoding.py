@@ -25,9 +25,9 @@ from minicogview.transformer import MASKED, KVCache, Transformer
 
 
 def fixed_steps_pay(model: Transformer) -> bool:
-    """Whether drawing with this model should take fixed steps: on a GPU, with all layers at hand on one device."""
-    table = model.token_embedding.weight
-    return table.device.type == "cuda" and model.stream is None and type(table.data) is Tensor
+    """Whether drawing with this model should take fixed steps: on a GPU, with whole layers at hand."""
+    whole = all(type(parameter.data) is Tensor for parameter in model.layers[0].parameters())  # see ``parallel.py``
+    return model.token_embedding.weight.device.type == "cuda" and model.stream is None and whole
 
 
 class FixedStep:

@@ -159,6 +159,22 @@ def test_weights_that_differ_from_coglm_are_kept(models: dict, tmp_path: Path) -
     assert_same(load_direct(tmp_path / "out2" / "direct.safetensors", coglm.transformer), changed)
 
 
+def test_another_number_format_is_written(release: Path, models: dict, tmp_path: Path) -> None:
+    import_released(release, tmp_path / "half", TINY)
+    import_released(release, tmp_path / "brain", TINY, dtype=torch.bfloat16)
+    files = [shards.Shards(tmp_path / name / "coglm.safetensors.index.json") for name in ("half", "brain")]
+    for name in files[0].keys():  # noqa: SIM118 (not a dict)
+        half, brain = (file.get_tensor(name) for file in files)
+        assert (half.dtype, brain.dtype) == (torch.float16, torch.bfloat16) and torch.equal(half.bfloat16(), brain)
+    direct = load_direct(
+        tmp_path / "brain" / "direct.safetensors",
+        load_coglm(tmp_path / "brain" / "coglm.safetensors", dtype=None).transformer,
+        dtype=None,
+    )
+    shared = {name: value for name, value in direct.state_dict().items() if name.startswith("base.")}
+    assert all(torch.equal(v, models["direct"].state_dict()[n].bfloat16()) for n, v in shared.items())
+
+
 def test_the_whole_system_loads_and_draws(release: Path, tmp_path: Path) -> None:
     target = tmp_path / "weights"
     labels = np.arange(64) % 8
