@@ -155,7 +155,7 @@ class Sizes:
             mapped: whether tables are used as they lie in their file, so that rows of text not asked for stay there.
         """
         t, n_text = coglm.transformer, 96 if direct is None else direct.n_text
-        block = 12 * t.d_model**2 + 21 * t.d_model  # matrices; biases and four norms
+        block = 12 * t.d_model**2 + 17 * t.d_model  # matrices; biases and four norms
         attention = 4 * t.d_model**2 + 4 * t.d_model
         rows, columns = (0, 0) if direct is None else direct.fine_grid
         own = block if direct is not None and direct.own_layers else attention

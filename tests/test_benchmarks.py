@@ -14,7 +14,8 @@ def test_stages_are_measured_and_what_was_not_is_named(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     command = [sys.executable, str(BENCHMARKS / "generate.py"), str(tmp_path / "weights"), "--preset", "toy"]
     options = ["--threads", "1", "--batches", "1", "--steps", "2", "--json", str(results)]
-    on_cpu, on_gpu = ["--weights", "int4", "disk", "--stages", "draw", "refine"], ["--stages", "draw", "--device", "cuda"]
+    on_cpu = ["--weights", "int4", "disk", "--stages", "draw", "refine"]
+    on_gpu = ["--stages", "draw", "--device", "cuda"]
     for extra in (on_cpu, on_gpu):
         done = subprocess.run([*command, *options, *extra], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
