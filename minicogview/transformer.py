@@ -140,10 +140,12 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        # On a CPU the fused backward pass took three times as long as the plain one at the toy's sizes, and the fused
-        # forward pass four times as long for a single query in bfloat16.
-        slow = x.requires_grad or (x.dtype == torch.bfloat16 and x.shape[1] == 1)
-        plain = record is not None or self.pb_relax is not None or (x.device.type == "cpu" and slow)
+        on_cpu = x.device.type == "cpu"
+        alone = on_cpu and x.dtype == torch.bfloat16 and x.shape[1] == 1
+        if alone:  # fused bfloat16 took four times as long; written out it kept memory for every length that occurs
+            q, k, v = q.float(), k.float(), v.float()
+        # On a CPU the fused backward pass took three times as long as the plain one at the toy's sizes.
+        plain = record is not None or self.pb_relax is not None or alone or (on_cpu and x.requires_grad)
         if not plain:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         else:
@@ -151,7 +153,7 @@ class Attention(nn.Module):
             y = weights.to(v.dtype) @ v
             if record is not None:
                 record.maps.append(weights)
-        return self.out(y.transpose(1, 2).flatten(2))  # "b n t h -> b t (n h)"
+        return self.out(y.to(x.dtype).transpose(1, 2).flatten(2))  # "b n t h -> b t (n h)"
 
 
 class MLP(nn.Module):
