@@ -43,7 +43,12 @@ ON_GPU: tuple[Ways, ...] = (
     ("disk", "disk", "disk", False),
 )
 ONE_BY_ONE: Ways = ("memory", "memory", "memory", True)
-SAID = {"memory": "weights as they are", "int8": "8-bit weights", "int4": "4-bit weights", "disk": "those on the disk"}
+SAID = {
+    "memory": "weights as they are",
+    "int8": "8-bit weights",
+    "int4": "4-bit weights",
+    "disk": "layers from the disk",
+}
 BITS = {"int8": 8.5, "int4": 4.5}  # of a weight, its share of scale and offset included: 32 bits for 64 weights
 LAYERS_AHEAD = 3  # from the disk: the layer at work, the one that is read, and what is left of the one before
 FIXED = int(1.2e9)  # bytes: Python and PyTorch, the picture tokenizer at work, logits of 512 fine tokens

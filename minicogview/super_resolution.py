@@ -138,7 +138,7 @@ def choose_codes(
     so many cells of all pictures together.
     """
     parts = cells.split(max(1, chunk // len(hidden)))
-    return torch.cat([sampler(base.logits(hidden[:, part], n_codes), part) for part in parts], dim=1)
+    return torch.cat([sampler(base.logits(hidden[:, part], n_codes).float(), part) for part in parts], dim=1)
 
 
 def check_codes(codes: Tensor, n_cells: int, n_codes: int, what: str) -> None:

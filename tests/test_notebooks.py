@@ -21,6 +21,7 @@ STEMS = (
     "07_super_resolution",
     "08_lopar",
     "09_editing",
+    "10_from_toy_to_6b",
 )
 
 
