@@ -51,8 +51,9 @@ SAID = {
 }
 BITS = {"int8": 8.5, "int4": 4.5}  # of a weight, its share of scale and offset included: 32 bits for 64 weights
 LAYERS_AHEAD = 3  # from the disk: the layer at work, the one that is read, and what is left of the one before
-FIXED = int(1.2e9)  # bytes: Python and PyTorch, the picture tokenizer at work, logits of 512 fine tokens
-SMALL = 10**9  # parameters: models below this are computed in float32, and their plans have no fixed part to speak of
+# Bytes beside weights: Python and PyTorch; the full picture tokenizer at work, logits of 512 fine tokens.
+FIXED, FIXED_TOY = int(1.2e9), int(0.4e9)
+TINY, SMALL = 10**8, 10**9  # parameters: the toy is below the first; below the second float32 is used, and no plan told
 MOST = 8  # pictures side by side
 
 
@@ -199,7 +200,7 @@ def bytes_of(ways: Ways, sizes: Sizes, dtype: torch.dtype, pictures: int = 1) ->
         if one_by_one:
             weights = idle[i] + (idle[0] if i == 1 and shared else 0) + (tables[0] * size if i == 1 else 0)
         peaks.append(weights + at_work[i] + computed[i] * size * pictures)
-    return int(max(peaks)) + (FIXED if sizes.parameters >= SMALL else 0)
+    return int(max(peaks)) + (FIXED if sizes.parameters >= TINY else FIXED_TOY)
 
 
 def choose_plan(sizes: Sizes, budget: int, dtype: torch.dtype, device: str = "cpu", one_by_one: bool = False) -> Plan:
@@ -217,7 +218,7 @@ def choose_plan(sizes: Sizes, budget: int, dtype: torch.dtype, device: str = "cp
         if needed <= budget:
             each = bytes_of(ways, sizes, dtype, pictures=2) - needed
             batch = 1 + min(MOST - 1, (budget - needed) // max(each, 1))
-            return Plan(*ways, dtype, device, None if sizes.parameters < SMALL else batch, needed)
+            return Plan(*ways, dtype, device, None if sizes.parameters < TINY else batch, needed)
     raise MiniCogViewError(
         f"{budget / 1e9:.2f} GB of memory are not enough: {SAID[ways[0]]}, which is the least, take about "
         f"{needed / 1e9:.2f} GB; close other programs, or give more"
