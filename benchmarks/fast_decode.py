@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,10 @@ class Steps:
     def __call__(self) -> tuple[float, Tensor]:
         """CPU seconds, and the tokens."""
         transformer, tokens = self.model.transformer, []
-        context = packed(transformer, self.batch) if self.way == "packed" else nullcontext()
-        with context:
+        with ExitStack() as stack:
+            if self.way == "packed":  # as ``CogLM.fill`` does
+                stack.enter_context(packed(transformer, self.batch))
+                stack.enter_context(torch.inference_mode())
             hidden, cache = self.read_prompt()
             if self.fixed is not None:
                 for ours, theirs in zip([*self.fixed.cache.k, *self.fixed.cache.v], [*cache.k, *cache.v], strict=True):

