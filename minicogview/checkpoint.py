@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,9 +186,14 @@ def same_as_coglm(path: str | Path, coglm: CogLM) -> list[str]:
     """Names of the weights of a super-resolution stage that only CogLM's file has."""
     with open_weights(path) as file:
         facts = file.metadata()
+    return _shared(facts, coglm.transformer.state_dict()) if facts.get("base") else []
+
+
+def _shared(facts: dict[str, str], transformer: Iterable[str]) -> list[str]:
+    """Names of the shared weights by a file's header; without a list there, those of CogLM's whole transformer."""
     if "same_as_coglm" in facts:
         return cast(list[str], json.loads(facts["same_as_coglm"]))
-    return [f"base.{name}" for name in coglm.transformer.state_dict()] if facts.get("base") else []
+    return [f"base.{name}" for name in transformer]
 
 
 def save_direct(path: str | Path, model: DirectSR) -> None:
@@ -221,9 +226,7 @@ def load_part(
         weights, known = base.state_dict(), fingerprint(base)
     if not weights or facts["base"] != known:
         raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
-    weights = {f"base.{name}": value for name, value in weights.items()}
-    shared = json.loads(facts["same_as_coglm"]) if "same_as_coglm" in facts else list(weights)
-    return config, state | {name: weights[name] for name in shared}
+    return config, state | {name: weights[name.removeprefix("base.")] for name in _shared(facts, weights)}
 
 
 def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None = torch.float32) -> DirectSR:

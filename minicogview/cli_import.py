@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minicogview.cli_shared import OptionalName, check_folder, print_json, show
+from minicogview.cli_shared import OptionalName, bytes_bar, check_folder, print_json, show
 from minicogview.config import PRESETS, get_preset
 
 SourceFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -33,19 +33,11 @@ def import_weights(
     """
     sizes = get_preset(preset)
     check_folder(target)
-    from tqdm import tqdm
-
     from minicogview.importing import import_released
     from minicogview.memory import parse_dtype
 
-    with tqdm(unit="B", unit_scale=True, leave=False, disable=True if json else None) as bar:
-
-        def on_step(file: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description(file, refresh=False)
-            bar.update(done - bar.n)
-
-        number = None if dtype == "released" else parse_dtype(dtype, 0)
+    number = None if dtype == "released" else parse_dtype(dtype, 0)
+    with bytes_bar(hidden=json) as on_step:
         report = import_released(source, target, sizes, on_step, dtype=number)
     return show(
         {

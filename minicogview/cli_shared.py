@@ -9,7 +9,8 @@ import json as json_module
 import math
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -77,20 +78,27 @@ class Source:
 
 def random_weights(name: str) -> Path:
     """The folder of a preset's random weights, which are written if they are not there yet."""
-    from tqdm import tqdm
-
     from minicogview.random_weights import random_folder, write_random
 
     folder = random_folder(get_preset(name))
     print(f"random weights of {name}: {folder}; delete it when you are done", file=sys.stderr)
-    with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    with bytes_bar() as on_step:
+        return write_random(folder, get_preset(name), on_step=on_step)
+
+
+@contextmanager
+def bytes_bar(hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on a terminal for files that are written; it is moved by (file, bytes done, of how many)."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=hidden or None) as bar:
 
         def on_step(file: str, done: int, total: int) -> None:
             bar.total = total
             bar.set_description(file, refresh=False)
             bar.update(done - bar.n)
 
-        return write_random(folder, get_preset(name), on_step=on_step)
+        yield on_step
 
 
 Weights = Annotated[Source, tyro.conf.arg(name="")]  # options without a prefix: --preset, --weights

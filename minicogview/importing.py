@@ -31,7 +31,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.sampling import load_labels
 from minicogview.sat import SatFolder, open_torch_file, sat_config, sat_to_ours
-from minicogview.shards import LIMIT, OnStep, n_bytes, write_shards
+from minicogview.shards import LIMIT, OnStep, free_room, n_bytes, write_shards
 from minicogview.super_resolution import DirectSR
 from minicogview.vqvae import from_official
 
@@ -214,8 +214,7 @@ def _vqvae_weights(path: Path) -> dict[str, Tensor]:
 
 def check_room(target: Path, models: dict[str, Source]) -> None:
     """Raise MiniCogViewError if the disk cannot hold what is still to be written."""
-    there = next(path for path in (target.resolve(), *target.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    there, free = free_room(target)
     already = sum(file.stat().st_size for file in target.glob("*.safetensors")) if target.is_dir() else 0
     needed = sum(sum(model.sizes().values()) for model in models.values()) - already
     if needed + 2**28 > free:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from minicogview.coglm import CogLM
 from minicogview.config import Preset, to_json
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
-from minicogview.shards import OnStep, n_bytes, write_shards
+from minicogview.shards import OnStep, free_room, n_bytes, write_shards
 from minicogview.super_resolution import DirectSR
 from minicogview.vqvae import VQVAE
 
@@ -78,8 +77,7 @@ def write_random(
     missing = {k: m for k, m in stages.items() if not has_weights(folder / f"{k}.safetensors")}
     needed = sum(sum(sizes(kind, model, dtype).values()) for kind, model in missing.items())
     needed -= sum(file.stat().st_size for kind in missing for file in folder.glob(f"{kind}-*.safetensors"))
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    there, free = free_room(folder)
     if needed + 2**30 > free:
         raise MiniCogViewError(
             f"{there} has {free / 1e9:.1f} GB free, random weights of {preset.name} take {needed / 1e9:.1f} GB more: "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,13 @@ class Shards:
         for file, expected in self.sha256.items():
             if checksum(self.folder / file) != expected:
                 raise MiniCogViewError(f"{self.folder / file} was altered or damaged: import the weights again")
+
+
+def free_room(folder: Path) -> tuple[Path, int]:
+    """Bytes free on the disk that a folder is on, or would be; and the part of its path that is there already."""
+    folder = folder.resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there, shutil.disk_usage(there).free
 
 
 def n_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
