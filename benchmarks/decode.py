@@ -39,8 +39,8 @@ from torch import Tensor
 
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig
-from minicogview.packing import packed
 from minicogview.sampling import Clusters, Sampler
+from minicogview.scale.packing import packed
 from minicogview.transformer import MLP, Attention, Transformer
 
 Choose = Callable[[Tensor], Tensor]  # logits (B, codes) -> (B,) tokens

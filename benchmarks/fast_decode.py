@@ -1,8 +1,8 @@
 """Drawing on a CPU: what each way of making a step fast gains over a preallocated float32 cache.
 
 * "cache": keys and values in a preallocated cache, products by ``F.linear``; ratios are to this one;
-* "packed": the same with packed matrices, what ``CogLM.generate`` chooses by itself (``packing.py``);
-* "compiled": fixed steps (``decoding.py``) through torch.compile with frozen weights; needs a C++ compiler.
+* "packed": the same with packed matrices, what ``CogLM.generate`` chooses by itself (``scale/packing.py``);
+* "compiled": fixed steps (``scale/graphs.py``) through torch.compile with frozen weights; needs a C++ compiler.
 
 Two models: "small", 6 layers of width 256 that draw 400 tokens of 1,024 codes, with random weights; and "toy", the
 shipped 5 layers of width 256 that draw 64. Steps alone are timed, tokens are chosen greedily, on one thread; CPU
@@ -32,9 +32,9 @@ from torch import Tensor
 
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
-from minicogview.decoding import FixedStep
-from minicogview.packing import packed
 from minicogview.pipeline import CogView2
+from minicogview.scale.graphs import FixedStep
+from minicogview.scale.packing import packed
 from minicogview.transformer import attention_bias
 
 N_TEXT = 8

@@ -33,14 +33,14 @@ from typing import Any
 import torch
 from importing import Memory, disk_speed, forget
 
+from minicogview.checkpoints.loading import load_stages
+from minicogview.checkpoints.random_weights import write_random
 from minicogview.config import SamplingConfig, get_preset
-from minicogview.cost import sharpen_flops
-from minicogview.loading import load_stages
+from minicogview.evaluation.cost import sharpen_flops
 from minicogview.lopar import OFFICIAL, IterativeSR
-from minicogview.memory import BITS, Plan, Sizes
 from minicogview.pipeline import CogView2
-from minicogview.random_weights import write_random
 from minicogview.sampling import Clusters, Sampler
+from minicogview.scale.plan import BITS, Plan, Sizes
 from minicogview.super_resolution import DirectSR
 
 WAYS: dict[str, Any] = {"bf16": "memory", "int8": "int8", "int4": "int4", "disk": "disk"}

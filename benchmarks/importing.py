@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from minicogview.checkpoint import load_weights
+from minicogview.checkpoints.files import load_weights
+from minicogview.checkpoints.importing import MODELS, import_released
+from minicogview.checkpoints.sat import ours_to_sat
 from minicogview.coglm import CogLM
 from minicogview.config import Preset, get_preset
-from minicogview.importing import MODELS, import_released
-from minicogview.sat import ours_to_sat
 
 
 def write_random(folder: Path, preset: Preset) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minicogview.quantization import quantize_layers
+from minicogview.scale.quantization import quantize_layers
 
 WIDTH = 3072
 MATRICES = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))  # inputs, outputs

@@ -9,7 +9,7 @@ and is shared by all pictures, tokens already known are copied, the last token i
 
 Shapes: ``B`` rows of a batch, ``S`` sequence length, ``n`` picture tokens (grid * grid), ``V`` vocabulary.
 
-Different on purpose: the cache is preallocated, and matrices are packed while drawing (``packing.py``); texts of
+Different on purpose: the cache is preallocated, and matrices are packed while drawing (``scale/packing.py``); texts of
 several lengths may share a batch (padded on the left); classifier-free guidance is available, which the original
 does not have.
 """
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from minicogview import masking
 from minicogview.config import CogLMConfig
-from minicogview.decoding import FixedStep, fixed_steps_pay
 from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
-from minicogview.packing import pack, packed
 from minicogview.sampling import guide, text_attention_weights
+from minicogview.scale.graphs import FixedStep, fixed_steps_pay
+from minicogview.scale.packing import pack, packed
 from minicogview.transformer import KVCache, Transformer, attention_bias
 
 Sampler = Callable[[Tensor, int], Tensor]  # (logits (B, V), step) -> (B,) ids

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minicogview.config import SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Global, Impl, local_attention
-from minicogview.streaming import Stream
+from minicogview.scale.streaming import Stream
 from minicogview.super_resolution import (
     CellSampler,
     DirectSR,

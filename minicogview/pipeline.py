@@ -24,18 +24,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from minicogview.checkpoint import load_vqvae
+from minicogview.checkpoints.files import load_vqvae
+from minicogview.checkpoints.loading import check_fit, find_folder, load_stages, plan_for, preset_of
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig
 from minicogview.editing import CONTEXT, Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.loading import check_fit, find_folder, load_stages, plan_for, preset_of
-from minicogview.memory import Plan
-from minicogview.offload import Offload
 from minicogview.pictures import Pictures
 from minicogview.sampling import Clusters, Sampler, cluster_codebook, load_labels, replace_settings
-from minicogview.sharpening import Progress, Sharpener
+from minicogview.scale.offload import Offload
+from minicogview.scale.plan import Plan
 from minicogview.tokenizer import Picture, Tokenizer, to_image
+from minicogview.upsampling import Progress, Sharpener
 from minicogview.vqvae import VQVAE
 
 BATCH = 32  # pictures that are drawn side by side, unless the plan says fewer; more of them wait for their turn
@@ -94,7 +94,7 @@ class CogView2:
                 that has the sizes in the files.
             device: where the models go.
             offload: have the weights of one stage at a time in memory, and read those of the next when its turn comes.
-            memory: how much there is, such as "6GB": chooses how each stage has its weights (``memory.py``); "auto":
+            memory: how much there is, such as "6GB": chooses how each stage has its weights (``scale/plan.py``); "auto":
                 what is free. Or a plan.
             dtype: of the computation: "float32", "bfloat16", "float16"; "auto": by the size of the model.
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from minicogview.config import FineStart, LayoutConfig, SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.local_attention import Coarse, Impl, local_attention
-from minicogview.streaming import Stream
+from minicogview.scale.streaming import Stream
 from minicogview.transformer import Attention, Block, Record, Transformer, attention_bias
 from minicogview.vqvae import VQVAE
 

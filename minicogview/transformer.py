@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from minicogview.config import NormOrder, TransformerConfig
 from minicogview.errors import MiniCogViewError
-from minicogview.packing import Linear
-from minicogview.streaming import Stream
+from minicogview.scale.packing import Linear
+from minicogview.scale.streaming import Stream
 
 MLP_ROWS = 512  # tokens at a time on a CPU: what lies between an MLP's matrices then stays in the cache
 MASKED = -10000.0  # finite, so that even a row that may see nothing stays free of NaN
@@ -60,7 +60,7 @@ class KVCache:
         config: the transformer's sizes.
         batch: rows that will be generated side by side.
         max_len: the most tokens that a row will ever hold.
-        n_heads: heads that are kept here; None: all. Others may be on other machines (``parallel.py``).
+        n_heads: heads that are kept here; None: all. Others may be on other machines (``scale/parallel.py``).
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, N, S, H)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
-        self.place: Tensor | None = None  # (1,), where the next token goes, if steps are to be fixed: ``decoding.py``
+        self.place: Tensor | None = None  # (1,), where the next token goes, if steps are to be fixed: ``scale/graphs.py``
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``k, v`` (B or 1, N, T, H) behind what is there; return all keys and values so far.

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import minicogview
-from minicogview.checkpoint import save_model
+from minicogview.checkpoints.files import save_model
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig, VQVAEConfig
 from minicogview.data import shapes

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from tiny import TINY, write_tiny
 
-from minicogview import cli_generate, evaluate
-from minicogview.cli import main
+from minicogview.cli.main import generate as cli_generate
+from minicogview.cli.main import main
 from minicogview.config import PRESETS
 from minicogview.data.emoji import load_emoji
+from minicogview.evaluation import judge as evaluate
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_wrong_input_is_one_line_and_status_2(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr("minicogview.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
+    monkeypatch.setattr("minicogview.evaluation.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
     Path("file").write_text("something else")
     needs_weights = arguments[0] in ("generate", "evaluate") and not {"--preset", "--weights"} & set(arguments)
     status, out, err = run(capsys, *arguments, *(tiny if needs_weights else []))
@@ -201,7 +202,7 @@ def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) ->
 
 def test_help_is_quick_because_it_loads_no_torch() -> None:
     program = (
-        "import sys\nfrom minicogview.cli import main\n"
+        "import sys\nfrom minicogview.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -283,7 +284,7 @@ def test_evaluate(tiny: list[str], few_pixels: None, capsys: pytest.CaptureFixtu
 def test_evaluate_tokenizer(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("minicogview.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
+    monkeypatch.setattr("minicogview.evaluation.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
     result = run_json(capsys, "evaluate", "tokenizer", "--size", "16", "--level", "1", *tiny)
     assert {"n", "psnr", "ssim"} <= set(result) and result["n"] == len(load_emoji("tokenizer_heldout"))
 
@@ -336,7 +337,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    program = "import sys; from minicogview.cli import main; sys.exit(main(['info', 'toy', '--json']))"
+    program = "import sys; from minicogview.cli.main import main; sys.exit(main(['info', 'toy', '--json']))"
     command = [sys.executable, "-u", "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -348,7 +349,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_shipped_toy_from_the_shell(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "minicogview.cli", "generate", "a red apple", "猫脸", "--n", "2", "--json"]
+    command = [sys.executable, "-m", "minicogview.cli.main", "generate", "a red apple", "猫脸", "--n", "2", "--json"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert (ended.returncode, ended.stderr) == (0, "")
     reports = json.loads(ended.stdout)

@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minicogview
-from minicogview import checkpoint, editing, masking, sampling, sat
+from minicogview import editing, masking, sampling
+from minicogview.checkpoints import files as checkpoint
+from minicogview.checkpoints import sat
 from minicogview.coglm import Batch, CogLM
 from minicogview.config import (
     CogLMConfig,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_sharpening import ENLARGED, write_stages
+from test_upsampling import ENLARGED, write_stages
 
 from minicogview.errors import MiniCogViewError
 from minicogview.pipeline import CogView2

@@ -10,11 +10,11 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from minicogview.checkpoint import load_vqvae
+from minicogview.checkpoints.files import load_vqvae
 from minicogview.config import VQVAEConfig, get_preset
 from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.errors import MiniCogViewError
-from minicogview.metrics import perplexity, psnr, ssim, tokenizer_psnr
+from minicogview.evaluation.metrics import perplexity, psnr, ssim, tokenizer_psnr
 from minicogview.training.codebook import CodebookLearner
 from minicogview.training.vqvae import TokenizerObjective, jigsaw, spread_of_equals
 from minicogview.vqvae import VQVAE, from_official, from_official_name, official_config

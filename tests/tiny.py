@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import minicogview
-from minicogview.checkpoint import save_model
+from minicogview.checkpoints.files import save_model
 from minicogview.coglm import CogLM
 from minicogview.config import LayoutConfig, Preset, SamplingConfig, TransformerConfig, VQVAEConfig
 from minicogview.vqvae import VQVAE

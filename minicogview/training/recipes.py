@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minicogview.checkpoint import load_coglm, load_direct, load_vqvae, save_direct, save_model
+from minicogview.checkpoints.files import load_coglm, load_direct, load_vqvae, save_direct, save_model
 from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluate import Judge, emoji_pictures, encode_all, encode_pairs, sharpen_all, sharpness
+from minicogview.evaluation.judge import Judge, emoji_pictures, encode_all, encode_pairs, sharpen_all, sharpness
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
-from minicogview.sharpening import Sharpener
 from minicogview.super_resolution import DirectSR, enlarged_codes
 from minicogview.tokenizer import Tokenizer
 from minicogview.training.coglm import LANGUAGES, CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.loop import fit
 from minicogview.training.lopar import IterativeObjective
 from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe
+from minicogview.upsampling import Sharpener
 from minicogview.vqvae import VQVAE
 
 TOY_WEIGHTS = Path(__file__).parents[1] / "weights" / "toy"

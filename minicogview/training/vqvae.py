@@ -24,10 +24,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minicogview.checkpoint import load_vqvae, save_model
+from minicogview.checkpoints.files import load_vqvae, save_model
 from minicogview.config import get_preset
 from minicogview.data.emoji import indices, load_emoji, render
-from minicogview.metrics import psnr, tokenizer_psnr
+from minicogview.evaluation.metrics import psnr, tokenizer_psnr
 from minicogview.training.codebook import CodebookLearner
 from minicogview.training.loop import fit
 from minicogview.vqvae import VQVAE

@@ -1,0 +1,1 @@
+"""Weights on disk: our own files, the released checkpoints, and how a folder of either becomes models."""

@@ -1,0 +1,255 @@
+"""The released checkpoint folders, in the form that SwissArmyTransformer (SAT) 0.2.1 wrote them.
+
+The idea: a folder has ``latest`` (a text with the iteration), ``model_config.json`` with the sizes, and
+``ITERATION/mp_rank_00_model_states.pt``, a torch file of which ``module`` holds the weights. A model that was trained
+on several GPUs has one such file for each of them, with a part of every matrix. Files are mapped into memory, not read:
+a tensor is fetched when it is asked for. The official parameter names live here and nowhere else.
+
+A torch file is a pickle, and a pickle can run code. Files are opened with ``weights_only=True`` and a list of harmless
+kinds beside tensors that such checkpoints are known to hold; whatever else is in them is refused by name.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
+from minicogview.errors import MiniCogViewError
+from minicogview.scale.streaming import forget_pages
+
+# Ours on the left, SwissArmyTransformer's on the right; {} is the layer's number.
+SAT_NAMES = {
+    "token_embedding": "word_embeddings",
+    "position_embedding": "position_embeddings",
+    "final_norm": "final_layernorm",
+    "layers.{}.attention_norm": "layers.{}.input_layernorm",
+    "layers.{}.attention_out_norm": "layers.{}.third_layernorm",
+    "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers.{}.mlp_out_norm": "layers.{}.fourth_layernorm",
+    "layers.{}.attention.qkv": "layers.{}.attention.query_key_value",
+    "layers.{}.attention.out": "layers.{}.attention.dense",
+    "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
+    "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
+}
+# What the super-resolution stages have beside the transformer.
+SAT_MIXINS = {
+    "fine_position": "extra_position_embedding.position_embeddings",
+    "fine_attention.{}.qkv": "attention_plus.query_key_value.{}",
+    "fine_attention.{}.out": "attention_plus.dense.{}",
+}
+
+
+class Bystander:
+    """Stands in for objects of the training program that lie beside the weights and are not needed."""
+
+
+# Beside tensors and plain containers: argparse's settings, NumPy's random state, DeepSpeed's loss scale.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("uint32", "uint8", "int64", "float64", "bool")),
+    *((np.zeros(1).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (_codecs.encode, "_codecs.encode"),
+    *((Bystander, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name in ("LossScaler", "DynamicLossScaler")),
+]
+
+
+def open_torch_file(path: Path) -> Any:
+    """What a torch file holds, with its tensors mapped into memory; nothing in it is run.
+
+    Raises:
+        MiniCogViewError: if the file is missing, damaged, or holds anything that is neither a tensor nor harmless.
+    """
+    if not path.is_file():
+        raise MiniCogViewError(f"checkpoint file {path} is missing: copy it again")
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise MiniCogViewError(
+                f"{path} holds {found.group(1)}, which is not a tensor and might run code: refused, nothing was read"
+            ) from None
+        # PyTorch's first line advises to load without the check.
+        lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+        reason = lines[0][:200] if lines else type(error).__name__
+        raise MiniCogViewError(f"{path} is damaged or no torch file ({reason}): copy it again") from None
+
+
+def without_number(name: str) -> tuple[str, str]:
+    """A name with {} in place of its layer's number, and that number; empty where there is none."""
+    parts = name.split(".")
+    return ".".join("{}" if part.isdigit() else part for part in parts), next(filter(str.isdigit, parts), "")
+
+
+def sat_to_ours(name: str) -> str:
+    """Our name of a SAT parameter, such as ``transformer.layers.3.mlp.dense_h_to_4h.bias``.
+
+    Raises:
+        MiniCogViewError: if no CogView2 model has a parameter of this name.
+    """
+    names = SAT_MIXINS if name.startswith("mixins.") else SAT_NAMES
+    body, leaf = name.removeprefix("mixins.").removeprefix("transformer.").rsplit(".", 1)
+    pattern, number = without_number(body)
+    for ours, theirs in names.items():
+        if theirs == pattern:
+            return f"{ours.format(number)}.{leaf}"
+    raise MiniCogViewError(f"checkpoint parameter {name} is not known: is this a CogView2 checkpoint?")
+
+
+def ours_to_sat(name: str) -> str:
+    """The way back: the SAT name of a parameter of ``CogLM``, ``DirectSR`` or ``IterativeSR``."""
+    body, leaf = name.removeprefix("base.").removeprefix("transformer.").rsplit(".", 1)
+    pattern, number = without_number(body)
+    names, prefix = (SAT_MIXINS, "mixins.") if pattern in SAT_MIXINS else (SAT_NAMES, "transformer.")
+    return f"{prefix}{names[pattern].format(number)}.{leaf}"
+
+
+# --- several ranks
+
+# Along which axis the ranks cut a parameter; all others are the same on every rank.
+CUT = {
+    r"query_key_value|dense_h_to_4h|word_embeddings": 0,
+    r"(attention\.dense|attention_plus\.dense\.\d+|dense_4h_to_h)\.weight": 1,
+}
+
+
+def cut_axis(name: str) -> int | None:
+    """The axis along which several ranks share a parameter, by its official name."""
+    return next((axis for pattern, axis in CUT.items() if re.search(pattern, name)), None)
+
+
+def merge(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """A parameter from the ranks' parts of it.
+
+    Every rank's joint projection is [q | k | v] of its own heads, so its thirds are put together one by one.
+
+    Raises:
+        MiniCogViewError: if the ranks disagree on a parameter that each of them holds as a whole.
+    """
+    axis = cut_axis(name)
+    if len(parts) == 1:
+        return parts[0]
+    if "query_key_value" in name:
+        return torch.cat([torch.cat(third) for third in zip(*(part.chunk(3) for part in parts), strict=True)])
+    if axis is not None:
+        return torch.cat(list(parts), dim=axis)
+    if not all(torch.equal(part, parts[0]) for part in parts):
+        raise MiniCogViewError(f"the ranks hold different values of {name}: are they of one checkpoint?")
+    return parts[0]
+
+
+def merged_shape(name: str, parts: Sequence[Tensor]) -> tuple[int, ...]:
+    """The shape of ``merge(name, parts)``, without reading a number."""
+    shape, axis = list(parts[0].shape), cut_axis(name)
+    if axis is not None:
+        shape[axis] = sum(part.shape[axis] for part in parts)
+    return tuple(shape)
+
+
+# --- a folder
+
+
+class SatFolder:
+    """An opened checkpoint of one model, whatever the number of ranks that wrote it.
+
+    Attributes:
+        path: the folder. files: one for each rank. sizes: what ``model_config.json`` says.
+        shapes: official name of each parameter to its merged shape.
+
+    Raises:
+        MiniCogViewError: if a file is missing, damaged or holds what might run code; or if ranks do not fit together.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.sizes = self._sizes()
+        self.files = self._rank_files()
+        self.ranks = [self._module(file) for file in self.files]
+        names = self.ranks[0].keys()
+        for file, rank in zip(self.files, self.ranks, strict=True):
+            if rank.keys() != names:
+                differ = ", ".join(sorted(rank.keys() ^ names)[:5])
+                raise MiniCogViewError(f"{file} and {self.files[0].name} hold different parameters: {differ}")
+        self.shapes = {name: merged_shape(name, [rank[name] for rank in self.ranks]) for name in names}
+
+    def _sizes(self) -> dict[str, Any]:
+        file = self.path / "model_config.json"
+        try:
+            return dict(json.loads(file.read_text()))
+        except (OSError, ValueError) as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise MiniCogViewError(f"{file} {reason}: is {self.path} a checkpoint folder of CogView2?") from None
+
+    def _rank_files(self) -> list[Path]:
+        try:
+            iteration = (self.path / "latest").read_text().strip()
+        except OSError:
+            raise MiniCogViewError(f"{self.path / 'latest'} is missing: it names the iteration to load") from None
+        folder = self.path / iteration
+        found = sorted(folder.glob("mp_rank_*_model_states.pt"))
+        expected = [folder / f"mp_rank_{i:02d}_model_states.pt" for i in range(max(len(found), self.n_ranks))]
+        missing = [file.name for file in expected if file not in found]
+        if missing:
+            raise MiniCogViewError(f"{folder} lacks {', '.join(missing)}: copy all ranks of the checkpoint")
+        return expected
+
+    @property
+    def n_ranks(self) -> int:
+        """How many GPUs the model was cut for, by its own word."""
+        return max(1, int(self.sizes.get("model_parallel_size", 1)))
+
+    @staticmethod
+    def _module(file: Path) -> dict[str, Tensor]:
+        content = open_torch_file(file)
+        module = content.get("module") if isinstance(content, dict) else None
+        if not isinstance(module, dict) or not all(isinstance(value, Tensor) for value in module.values()):
+            raise MiniCogViewError(f"{file} has no dictionary of tensors named module: it is another kind of file")
+        return module
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole parameter by its official name."""
+        return merge(name, [rank[name] for rank in self.ranks])
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Give back the memory that parameters took up: they are read from the file again when they are needed."""
+        for name in names:
+            for rank in self.ranks:
+                forget_pages(rank[name])
+
+
+def sat_transformer(module: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's part of a SAT ``module`` dictionary under our names (mixins are left out)."""
+    return {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("transformer.")}
+
+
+def sat_config(sizes: Mapping[str, Any], ids: SpecialIds, layout: LayoutConfig, n_codes: int) -> CogLMConfig:
+    """Our configuration for the sizes in a SAT ``model_config.json``.
+
+    Raises:
+        MiniCogViewError: if a size is missing.
+    """
+    try:
+        transformer = TransformerConfig(
+            n_layers=sizes["num_layers"],
+            d_model=sizes["hidden_size"],
+            n_heads=sizes["num_attention_heads"],
+            vocab_size=sizes["vocab_size"],
+            max_positions=sizes["max_sequence_length"],
+            norm="sandwich" if sizes.get("layernorm_order") == "sandwich" else "pre",
+        )
+    except KeyError as error:
+        raise MiniCogViewError(f"model_config.json lacks {error}: is this a checkpoint of CogView2?") from None
+    return CogLMConfig(transformer, layout, ids, n_codes)

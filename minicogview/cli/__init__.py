@@ -1,0 +1,1 @@
+"""The command ``minicogview``: one module for each group of subcommands."""

@@ -1,0 +1,182 @@
+"""``minicogview doctor``: what is in a folder of weights, and what would run on this machine, in words.
+
+The idea: whoever has 40 GB of released files wants to know before the first run whether anything is missing or damaged,
+how the weights would run in so much memory (``scale/plan.py``), and about how long a picture would take. Time follows from
+two speeds that are measured here and now: of a large sum, since drawing token by token reads all weights again and
+again, and of a large matrix product, since super-resolution computes with thousands of tokens at a time.
+
+Simplified: times are what the measured speeds allow at best; real runs take up to twice as long.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minicogview.checkpoints.files import has_weights, identity, load_config, load_weights, open_weights
+from minicogview.checkpoints.importing import MODELS, PICTURES, TEXT, check_source, find_parts
+from minicogview.checkpoints.loading import find_folder
+from minicogview.checkpoints.sat import SatFolder, open_torch_file
+from minicogview.checkpoints.shards import INDEX, Shards
+from minicogview.config import PRESETS, Preset, get_preset
+from minicogview.errors import MiniCogViewError
+from minicogview.evaluation.cost import costs
+from minicogview.scale.plan import BITS, Sizes, choose_plan, free_memory, parse_dtype, parse_memory
+
+NAMES = {
+    "coglm": "stage one (CogLM)",
+    "direct": "direct super-resolution",
+    "iterative": "LoPAR",
+    "vqvae": "picture tokenizer",
+    "text": "text tokenizer",
+    "labels": "cluster labels",
+}
+WITHOUT = {
+    "coglm": "nothing can be drawn",
+    "direct": "pictures stay coarse",
+    "iterative": "pictures stay drafts",
+    "vqvae": "tokens cannot be shown",
+    "text": "texts cannot be read",
+    "labels": "clusters are made by k-means instead",
+}
+FILES = {"text": "text.model", "labels": "cluster_label.npy"}
+
+
+def doctor(source: str | Path, preset: Preset | None = None, verify: bool = False) -> list[str]:
+    """Lines of text about a folder of weights, the release's or our own.
+
+    Args:
+        preset: sizes to expect; None: those that are found, or the release's.
+        verify: compare every file with its checksum too, which reads all of them.
+
+    Raises:
+        MiniCogViewError: if there is no such folder.
+    """
+    folder = find_folder(source)
+    if find_parts(folder):
+        return released(folder, preset or get_preset("cogview2"))
+    lines, found = imported(folder, verify)
+    return [*lines, *machine(preset or found)]
+
+
+def released(folder: Path, preset: Preset) -> list[str]:
+    """What of the release a folder has, and whether it is what its names say."""
+    lines, parts, ready = [f"{folder}: files of the release, to be imported"], find_parts(folder), 0
+    for name, title in NAMES.items():
+        if name not in parts:
+            where = MODELS.get(name) or {"vqvae": PICTURES, "text": TEXT, "labels": FILES["labels"]}[name]
+            lines.append(line(title, f"{where} is missing: without it {WITHOUT[name]}"))
+            continue
+        try:
+            if name in MODELS:
+                model = check_source(name, SatFolder(parts[name]), preset)
+                size = sum(model.sizes().values())
+                ranks = len(model.folder.files)
+                said = f"{size / 1e9:.1f} GB, {ranks} rank{'s' if ranks > 1 else ''}: names and shapes are right"
+                ready += size
+            else:
+                if name == "vqvae":
+                    open_torch_file(parts[name])
+                said = f"{parts[name].stat().st_size / 1e9:.3f} GB"
+        except MiniCogViewError as error:
+            said = f"UNUSABLE: {error}"
+        lines.append(line(title, said))
+    free = shutil.disk_usage(folder).free
+    lines.append(line("to import", f"at most {ready / 1e9:.1f} GB on the disk; it has {free / 1e9:.1f} GB free"))
+    lines.append(f"next: minicogview import {folder} FOLDER")
+    return lines
+
+
+def imported(folder: Path, verify: bool) -> tuple[list[str], Preset | None]:
+    """What a folder of our own has, and the preset whose sizes it has."""
+    lines, preset = [f"{folder}: weights of this package"], None
+    for name, title in NAMES.items():
+        path = folder / FILES.get(name, f"{name}.safetensors")
+        if not has_weights(path):
+            lines.append(line(title, f"{path.name} is missing: without it {WITHOUT[name]}"))
+            continue
+        try:
+            said = check_weights(path, name, verify)
+            if name == "coglm":
+                config = load_config(path, "coglm")
+                preset = next((p for p in PRESETS.values() if p.coglm == config), None)
+        except MiniCogViewError as error:
+            said = f"UNUSABLE: {error}"
+        lines.append(line(title, said))
+    lines.append(line("sizes", f"those of the preset {preset.name}" if preset else "of no preset"))
+    return lines, preset
+
+
+def check_weights(path: Path, name: str, verify: bool) -> str:
+    """Size of a file or of several; an error if something is wrong with them."""
+    index = path.with_suffix(INDEX)
+    if name in FILES:
+        return f"{path.stat().st_size / 1e6:.2f} MB"
+    if not index.is_file():
+        load_weights(path, name, dtype=None)
+        return f"{path.stat().st_size / 1e9:.3f} GB"
+    shards = Shards(index)
+    size = sum((path.parent / file).stat().st_size for file in shards.sha256)
+    if verify:
+        shards.verify()
+    with open_weights(path) as file:
+        base = file.metadata().get("base", "")
+    if base and base != identity(path.with_name("coglm.safetensors")):
+        raise MiniCogViewError("it belongs to another coglm: import both again")
+    checked = ", checksums are right" if verify else ""
+    return f"{size / 1e9:.1f} GB in {len(shards.sha256)} files{checked}"
+
+
+def machine(preset: Preset | None) -> list[str]:
+    """How the weights would run here in so much memory, and how long one picture would take at best."""
+    memory = free_memory()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    lines = [line("this machine", f"{os.cpu_count()} cores, {memory / 1e9:.1f} GB of memory free, {gpu}")]
+    if preset is None:
+        return lines
+    sizes = Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)
+    number = parse_dtype("auto", sizes.parameters)
+    copy, product = speeds()
+    lines.append(line("measured", f"reads {copy / 1e9:.1f} GB/s, products {product / 1e9:.0f} GFLOP/s"))
+    stages, n_tokens = costs(preset)["stages"], preset.layout.n_image
+    passes = (stages["direct"]["flops"] + stages["refine"]["flops"]) / product
+    said = ""
+    for budget in ("6GB", "12GB", "24GB", "auto"):
+        try:
+            plan = choose_plan(sizes, parse_memory(budget), number)
+        except MiniCogViewError as error:
+            lines.append(line(f"--memory {budget}", f"TOO LITTLE: {error}"))
+            continue
+        if str(plan) == said:
+            continue
+        said = str(plan)
+        read = sizes.layers * number.itemsize * (BITS[plan.draw] / 16 if plan.draw in BITS else 1.0)
+        seconds = n_tokens * read / copy if plan.draw != "disk" else float("inf")
+        how_long = f"at best {seconds:.0f} s to draw and {passes:.0f} s to sharpen" if seconds < 1e6 else "very slow"
+        lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {how_long}"))
+    return lines
+
+
+def speeds() -> tuple[float, float]:
+    """Bytes read in a second by a large sum, and operations in a second of a large bfloat16 product, on the CPU."""
+    large = torch.ones(2**27, dtype=torch.uint8)
+    a, b = torch.ones(1024, 2048).bfloat16(), torch.ones(2048, 2048).bfloat16()
+    copy = min(seconds_of(lambda: large.view(torch.int64).sum()) for _ in range(4))
+    product = min(seconds_of(lambda: a @ b) for _ in range(4))
+    return large.numel() / copy, 2 * 1024 * 2048 * 2048 / product
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def line(title: str, said: str) -> str:
+    """One row of the report."""
+    return f"  {title:26}{said}"

@@ -1,0 +1,161 @@
+"""``minicogview evaluate``: the numbers of the model card, printed again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from minicogview.cli.shared import SHIPPED, Language, OptionalFloat, OptionalInt, Source, Weights, show
+from minicogview.errors import MiniCogViewError
+
+if TYPE_CHECKING:
+    from minicogview.evaluation.judge import Judge
+
+
+def retrieval(
+    split: Literal["names", "train", "heldout", "all"] = "names",
+    lang: Language = "en",
+    template: bool = False,
+    limit: OptionalInt = None,
+    seed: int = 0,
+    stages: Literal[1, 2, 3] = 1,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """Draw every name once and look for the nearest of all emoji pictures.
+
+    Args:
+        split: names (without skin tones), train, heldout (characters and tones never seen together), or all.
+        lang: language of the names.
+        template: put each name into a sentence, such as "a picture of ...".
+        limit: judge a fixed random choice of so many names; all if not given.
+        seed: picture i is drawn with seed + i.
+        stages: judge the coarse picture (1), or after direct super-resolution (2), or after LoPAR (3).
+        json: print n, top1, top5 and same_tone (shares from 0 to 1; null where no picture has a tone) as JSON.
+    """
+    return show(judge(source, json).retrieval(split, lang, seed, template, limit, stages), json)
+
+
+def captioning(
+    lang: Language = "en",
+    n_pictures: int = 200,
+    n_names: int = 100,
+    seed: int = 0,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """How often a picture's true name is the likeliest of many names.
+
+    Args:
+        lang: language of the names.
+        n_pictures: training pictures to judge.
+        n_names: names to choose from.
+        seed: of the choice of pictures and names.
+        json: print n, n_names and top1 (share from 0 to 1) as JSON.
+    """
+    return show(judge(source, json).captioning(lang, n_pictures, n_names, seed), json)
+
+
+def selection(
+    split: Literal["names", "train", "heldout", "all"] = "heldout",
+    lang: Language = "en",
+    n: int = 8,
+    limit: int = 100,
+    temperature: OptionalFloat = None,
+    seed: int = 0,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """Draw several pictures of every name, and keep the one whose caption is the likeliest.
+
+    Args:
+        split: as for retrieval.
+        lang: language of the names.
+        n: pictures of each name.
+        limit: judge a fixed random choice of so many names.
+        temperature: of the sampler; the preset's if not given.
+        seed: of the drawing.
+        json: print n, and the shares of right pictures among all (random), the kept ones (kept) and the best (any).
+    """
+    if n < 1:
+        raise MiniCogViewError(f"--n is {n}: ask for 1 picture or more")
+    judged = judge(source, json)
+    if temperature is not None:
+        judged.model.sampling = judged.model.settings({"temperature": temperature})
+    return show(judged.selection(split, lang, n, seed, limit), json)
+
+
+def infilling(
+    lang: Language = "en",
+    n_pictures: int = 100,
+    seed: int = 0,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """Hide the right half of training pictures and fill it in.
+
+    Args:
+        lang: language of the names.
+        n_pictures: training pictures to judge.
+        seed: of the choice and of the drawing.
+        json: print n, psnr and psnr_tokenizer (dB) and exact (share of codes) as JSON.
+    """
+    return show(judge(source, json).infilling(lang, n_pictures, seed), json)
+
+
+def sharpness(
+    split: Literal["names", "train", "tokenizer_heldout", "all"] = "tokenizer_heldout",
+    lang: Language = "en",
+    limit: int = 60,
+    seed: int = 0,
+    fid: bool = False,
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """How close super-resolution comes to the true fine tokens, beside bicubic enlargement.
+
+    Args:
+        split: names, train, tokenizer_heldout (characters that super-resolution saw in no colour), or all.
+        lang: language of the names.
+        limit: judge a fixed random choice of so many pictures.
+        seed: picture i is drawn with seed + i.
+        fid: the Frechet distance of the picture tokenizer's features too; needs the extra "evaluate".
+        json: print n, psnr (dB), ssim (and fid) of bicubic, direct and lopar as JSON.
+    """
+    model = source.load()
+    from minicogview.upsampling import MISSING
+
+    if model.sharpener is None:
+        raise MiniCogViewError(MISSING)
+    from minicogview.evaluation.judge import sharpness as judge_sharpness
+
+    return show(judge_sharpness(model.sharpener, model.tokenizer, split, lang, limit, seed, fid), json)
+
+
+def tokenizer(
+    size: int = 32,
+    level: int = 0,
+    split: Literal["tokenizer_heldout", "names", "all"] = "tokenizer_heldout",
+    source: Weights = SHIPPED,
+    json: bool = False,
+) -> int:
+    """What the picture tokenizer loses on pictures that it was not trained on.
+
+    Args:
+        size: pixels a side.
+        level: rate; 0 is the finest.
+        split: tokenizer_heldout (characters that it saw in no colour), names, or all.
+        json: print n, psnr (dB), ssim, perplexity and more as JSON.
+    """
+    folder = source.folder()
+    from minicogview.checkpoints.files import load_vqvae
+    from minicogview.evaluation.metrics import tokenizer_psnr
+
+    return show(tokenizer_psnr(load_vqvae(folder / "vqvae.safetensors"), size, split, level), json)
+
+
+def judge(source: Source, quiet: bool) -> Judge:
+    """The model that the options name, ready to be judged."""
+    model = source.load()
+    from minicogview.evaluation.judge import Judge
+
+    return Judge(model, progress=not quiet)

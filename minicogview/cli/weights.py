@@ -1,0 +1,70 @@
+"""``minicogview import``: the released checkpoints as weights of this package; ``doctor``: what is in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from minicogview.cli.shared import OptionalName, bytes_bar, check_folder, print_json, show
+from minicogview.config import PRESETS, get_preset
+
+SourceFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+TargetFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+
+
+def import_weights(
+    source: SourceFolder,
+    target: TargetFolder,
+    /,
+    preset: str = "cogview2",
+    dtype: Literal["released", "bfloat16", "float16", "float32"] = "released",
+    json: bool = False,
+) -> int:
+    """Turn the released checkpoint folders into safetensors files. What was stopped goes on when it is called again.
+
+    Args:
+        source: holds any of coglm, cogview2-dsr, cogview2-itersr, ice_image.pt, ice_text.model, cluster_label.npy.
+        target: folder for the weights, made if missing.
+        preset: sizes that are expected.
+        dtype: number format to write; bfloat16 is the best for running on a CPU, released is what the authors gave.
+        json: print the result as JSON.
+    """
+    sizes = get_preset(preset)
+    check_folder(target)
+    from minicogview.checkpoints.importing import import_released
+    from minicogview.scale.plan import parse_dtype
+
+    number = None if dtype == "released" else parse_dtype(dtype, 0)
+    with bytes_bar(hidden=json) as on_step:
+        report = import_released(source, target, sizes, on_step, dtype=number)
+    return show(
+        {
+            "weights": str(target),
+            "parts": ", ".join(report["parts"]),
+            "missing": ", ".join(report["missing"]) or "nothing",
+            "gigabytes": report["bytes"] / 1e9,
+        },
+        json,
+    )
+
+
+def doctor(folder: SourceFolder, /, preset: OptionalName = None, verify: bool = False, json: bool = False) -> int:
+    """Say what is in a folder of weights, what is missing or damaged, and what would run on this machine.
+
+    Args:
+        folder: the release's files, a folder that import made, or a preset's name.
+        preset: sizes to expect; those that are found if not given.
+        verify: compare all files with their checksums, which takes a while.
+        json: print the lines as JSON.
+    """
+    from minicogview.cli.doctor import doctor as examine
+
+    name = str(folder)
+    lines = examine(name if name in PRESETS else folder, None if preset is None else get_preset(preset), verify)
+    if json:
+        print_json(lines)
+    else:
+        print("\n".join(lines))
+    return 2 if any("UNUSABLE" in line for line in lines) else 0

@@ -1,0 +1,1 @@
+"""Figures and widgets that the notebooks share."""
