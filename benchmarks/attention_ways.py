@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from minicogview.local_attention import window_cells, window_mask
+from minicogview.windows import window_cells, window_mask
 
 WINDOW, COARSE_WINDOW = (9, 5), (5, 5)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -37,9 +37,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from minicogview.clusters import Clusters
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig
-from minicogview.sampling import Clusters, Sampler
+from minicogview.sampling import Sampler
 from minicogview.scale.packing import packed
 from minicogview.transformer import MLP, Attention, Transformer
 

@@ -30,12 +30,12 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor
 
+from minicogview.attention import attention_bias
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
 from minicogview.pipeline import CogView2
 from minicogview.scale.graphs import FixedStep
 from minicogview.scale.packing import packed
-from minicogview.transformer import attention_bias
 
 N_TEXT = 8
 

@@ -1,7 +1,7 @@
 """What the stages of a large model cost on this machine: seconds, tokens, memory, and how near they come to its limits.
 
-Stages: "draw" is one step of CogLM for a batch of pictures, measured over some steps after the prompt; "direct" and
-"refine" are one pass of each super-resolution model, sampling included (LoPAR has six passes); "picture" is a whole
+Stages: "coglm" is one step of CogLM for a batch of pictures, measured over some steps after the prompt; "direct" and
+"iterative" are one pass of each super-resolution model, sampling included (LoPAR has six passes); "picture" is a whole
 picture under a plan for so much memory, loading left out. Weights: "bf16", "int8" and "int4" are in memory, "disk"
 reads layer after layer. Each row has a process of its own, whose peak memory is its own.
 
@@ -35,11 +35,12 @@ from importing import Memory, disk_speed, forget
 
 from minicogview.checkpoints.loading import load_stages
 from minicogview.checkpoints.random_weights import write_random
+from minicogview.clusters import Clusters
 from minicogview.config import SamplingConfig, get_preset
-from minicogview.evaluation.cost import sharpen_flops
+from minicogview.evaluation.cost import super_resolution_flops
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
-from minicogview.sampling import Clusters, Sampler
+from minicogview.sampling import Sampler
 from minicogview.scale.plan import BITS, Plan, Sizes
 from minicogview.super_resolution import DirectSR
 
@@ -88,7 +89,7 @@ def draw(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float
     assert offload is not None
     offload.need("coglm")
     clusters = Clusters.of(torch.arange(preset.coglm.n_codes) % SamplingConfig().n_clusters)
-    sampler = Sampler(range(batch), SamplingConfig(), clusters, preset.layout.n_image)
+    sampler = Sampler(range(batch), SamplingConfig(), clusters, preset.coglm.layout.n_image)
     text = list(range(preset.coglm.n_codes + 100, preset.coglm.n_codes + 100 + TEXT))
     times = []
 
@@ -110,7 +111,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
     assert offload is not None and direct is not None and iterative is not None
     offload.need("direct" if stage == "direct" else "iterative")
     texts = [[preset.coglm.n_codes + 100 + i for i in range(TEXT)]] * batch
-    n_cells = preset.layout.n_image if stage == "direct" else direct.config.fine_grid[0] ** 2
+    n_cells = preset.coglm.layout.n_image if stage == "direct" else direct.config.fine_grid[0] ** 2
     codes = torch.randint(preset.coglm.n_codes, (batch, n_cells), generator=torch.Generator().manual_seed(0))
     sampler = Sampler(range(batch), SamplingConfig(top_k=40, n_clusters=0), None, direct.config.fine_grid[0] ** 2)
     times = []
@@ -122,7 +123,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
         if stage == "direct":
             direct.upsample(texts, codes, sampler)
         else:
-            iterative.refine(texts, codes, [sampler], replace(OFFICIAL, top_k=OFFICIAL.top_k[:1]))
+            iterative.resample(texts, codes, [sampler], replace(OFFICIAL, top_k=OFFICIAL.top_k[:1]))
         wait(plan.device)
         times.append(time.perf_counter() - start)
     return min(times)
@@ -132,7 +133,7 @@ def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
     """Seconds of a whole picture, and of its stages."""
     start = time.perf_counter()
     model = CogView2.from_pretrained(folder, memory=memory, device=device)
-    began = {"drawing": time.perf_counter()}
+    began = {"coglm": time.perf_counter()}
 
     def on_step(stage: str, done: int, total: int) -> None:
         began[f"{stage} last"] = time.perf_counter()
@@ -140,11 +141,11 @@ def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
     model.generate("a red apple", n=1, on_step=on_step)
     end = time.perf_counter()
     return {
-        "load_s": began["drawing"] - start,
-        "draw_s": began["drawing last"] - began["drawing"],
-        "direct_s": began["sharpening last"] - began["drawing last"],
-        "refine_s": began["refining last"] - began["sharpening last"],
-        "s": end - began["drawing"],
+        "load_s": began["coglm"] - start,
+        "coglm_s": began["coglm last"] - began["coglm"],
+        "direct_s": began["sharpening last"] - began["coglm last"],
+        "iterative_s": began["refining last"] - began["sharpening last"],
+        "s": end - began["coglm"],
     }
 
 
@@ -152,12 +153,12 @@ def floor(stage: str, weights: str, batch: int, preset: Any, speed: dict[str, fl
     """Seconds that this machine needs at least."""
     sizes = Sizes.of(preset.coglm, preset.direct, True, mapped=True)
     bits = {"bf16": 16.0, "disk": 16.0, **BITS}[weights]
-    if stage == "draw":
-        head, cache = 2 * preset.coglm.n_codes * preset.transformer.d_model, sizes.draw_picture * batch  # half full
+    if stage == "coglm":
+        head, cache = 2 * preset.coglm.n_codes * preset.coglm.transformer.d_model, sizes.draw_picture * batch  # half full
         return max((sizes.layers * bits / 8 + head + cache) / speed["memory"], _from_disk(weights, sizes.layers, speed))
     kind, config = (DirectSR, preset.direct) if stage == "direct" else (IterativeSR, preset.iterative)
     layers = sizes.layers + (sizes.extra if stage == "direct" else 0)
-    return max(batch * sharpen_flops(config, kind, TEXT) / speed["product"], _from_disk(weights, layers, speed))
+    return max(batch * super_resolution_flops(config, kind, TEXT) / speed["product"], _from_disk(weights, layers, speed))
 
 
 def _from_disk(weights: str, layers: int, speed: dict[str, float]) -> float:
@@ -176,8 +177,8 @@ def worker(options: argparse.Namespace) -> None:
         way = WAYS[weights]
         plan = Plan(way, way, way, True, torch.bfloat16, options.device)
         n = int(batch)
-        work = draw if stage == "draw" else one_pass
-        row = {"s": work(options.folder, preset, plan, n, options.steps if stage == "draw" else stage)}
+        work = draw if stage == "coglm" else one_pass
+        row = {"s": work(options.folder, preset, plan, n, options.steps if stage == "coglm" else stage)}
     memory.ended = True
     on_gpu = options.device != "cpu"
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else memory.resident
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cogview2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--stages", nargs="+", default=["draw", "direct", "refine", "picture"])
+    parser.add_argument("--stages", nargs="+", default=["coglm", "direct", "iterative", "picture"])
     parser.add_argument("--weights", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--memory", nargs="+", default=["6GB"])
@@ -242,7 +243,7 @@ def main() -> None:
                 row |= measure(options, stage, weights, batch)
                 if "s" in row and stage != "picture":
                     least = floor(stage, weights, batch, preset, speed)
-                    tokens = batch * (1 if stage == "draw" else preset.layout.n_image * preset.fine_factor**2)
+                    tokens = batch * (1 if stage == "coglm" else preset.coglm.layout.n_image * preset.direct.factor**2)
                     row |= {"tokens_per_s": tokens / row["s"], "floor_s": least, "share": least / row["s"]}
                 rows.append(row)
                 print(", ".join(f"{key} {said(value)}" for key, value in row.items()), flush=True)

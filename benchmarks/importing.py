@@ -33,7 +33,7 @@ from minicogview.config import Preset, get_preset
 
 def write_random(folder: Path, preset: Preset) -> None:
     """A folder as the authors would have uploaded it."""
-    sizes = preset.transformer
+    sizes = preset.coglm.transformer
     place = folder / MODELS["coglm"] / "20000"
     place.mkdir(parents=True)
     (place.parent / "latest").write_text("20000")
@@ -122,9 +122,8 @@ def main() -> None:
     torch.set_num_threads(1)
     preset = get_preset(options.preset)
     if options.layers:
-        preset = dataclasses.replace(
-            preset, transformer=dataclasses.replace(preset.transformer, n_layers=options.layers)
-        )
+        transformer = dataclasses.replace(preset.coglm.transformer, n_layers=options.layers)
+        preset = preset.with_coglm(dataclasses.replace(preset.coglm, transformer=transformer))
     options.folder.mkdir(parents=True, exist_ok=True)
     source, target = options.folder / "release", options.folder / "weights"
     for path in (source, target):

@@ -57,7 +57,8 @@ from attention_ways import (
 )
 from torch import Tensor
 
-from minicogview.local_attention import Coarse, local_attention
+from minicogview.local_attention import local_attention
+from minicogview.windows import Coarse
 
 KEYS_SEEN = WINDOW[0] * WINDOW[1] + COARSE_WINDOW[0] * COARSE_WINDOW[1]
 NAMES = {

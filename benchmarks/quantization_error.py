@@ -22,16 +22,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minicogview.attention import attention_bias, text_attention_weights
 from minicogview.checkpoints import sat
 from minicogview.coglm import CogLM
 from minicogview.config import LayoutConfig, SpecialIds, SuperResolutionConfig
 from minicogview.lopar import IterativeSR
 from minicogview.masking import inference
 from minicogview.pipeline import CogView2
-from minicogview.sampling import text_attention_weights
 from minicogview.scale.quantization import Bits, Quantized, quantize_layers, relative_error
 from minicogview.super_resolution import DirectSR
-from minicogview.transformer import attention_bias
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 Logits = Callable[[Any], Tensor]

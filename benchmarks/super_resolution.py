@@ -77,12 +77,12 @@ def compare(grid: int, width: int, n_layers: int, n_heads: int) -> dict[str, flo
     def draft() -> torch.Tensor:
         return direct.upsample(text, coarse, Sampler([0], PLAIN, None, side * side))
 
-    def sharpen() -> None:
-        iterative.refine(text, draft(), [Sampler([0], PLAIN, None, side * side) for _ in OFFICIAL.top_k])
+    def upsample() -> None:
+        iterative.resample(text, draft(), [Sampler([0], PLAIN, None, side * side) for _ in OFFICIAL.top_k])
 
     repeats = 5 if side < 30 else 2
-    sharpen()  # the first call makes tables
-    ours, direct_pass = seconds(sharpen, repeats), seconds(lambda: direct(text, coarse), repeats)
+    upsample()  # the first call makes tables
+    ours, direct_pass = seconds(upsample, repeats), seconds(lambda: direct(text, coarse), repeats)
     lopar_pass = seconds(lambda: iterative(text, fine), repeats)
     one_by_one = CogLM(coglm_config(side, width, n_layers, n_heads)).eval()
     sequential = seconds(lambda: one_by_one.generate(text, Sampler([0], PLAIN, None, side * side)), 1 + (side < 30))

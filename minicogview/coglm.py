@@ -9,14 +9,14 @@ and is shared by all pictures, tokens already known are copied, the last token i
 
 Shapes: ``B`` rows of a batch, ``S`` sequence length, ``n`` picture tokens (grid * grid), ``V`` vocabulary.
 
-Different on purpose: the cache is preallocated, and matrices are packed while drawing (``scale/packing.py``); texts of
-several lengths may share a batch (padded on the left); classifier-free guidance is available, which the original
-does not have.
+Different on purpose: the cache is preallocated; texts of several lengths may share a batch (padded on the left);
+classifier-free guidance is available, which the original does not have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minicogview import masking
+from minicogview.attention import attention_bias, text_attention_weights
 from minicogview.config import CogLMConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
-from minicogview.sampling import guide, text_attention_weights
-from minicogview.scale.graphs import FixedStep, fixed_steps_pay
-from minicogview.scale.packing import pack, packed
-from minicogview.transformer import KVCache, Transformer, attention_bias
+from minicogview.sampling import guide
+from minicogview.transformer import KVCache, Transformer
 
-Sampler = Callable[[Tensor, int], Tensor]  # (logits (B, V), step) -> (B,) ids
+ChooseTokens = Callable[[Tensor, int], Tensor]  # (logits (B, V), step) -> (B,) ids, such as a ``Sampler``
 
 
 @dataclass
@@ -63,6 +62,11 @@ class Filled:
     scores: Tensor  # (B,) mean log-probability of the generated tokens under the plain model, in nats
 
 
+def plain_steps(model: CogLM, rows: int) -> AbstractContextManager[None]:
+    """A context in which single steps are what they are."""
+    return nullcontext()
+
+
 class CogLM(nn.Module):
     """The transformer together with what its ids and positions mean."""
 
@@ -70,6 +74,8 @@ class CogLM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config.transformer)
+        # A context in which single steps may take a faster way for so many rows (``scale/decoding.py``).
+        self.decoding: Callable[[CogLM, int], AbstractContextManager[None]] = plain_steps
 
     @property
     def device(self) -> torch.device:
@@ -78,8 +84,8 @@ class CogLM(nn.Module):
 
     # --- training -----------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, targets: Tensor | None = None, text_weight: float = 1.0) -> Tensor:
-        """Cross entropy in nats, summed over the rows that ``loss_mask`` marks, divided by their number.
+    def forward(self, batch: Batch, targets: Tensor | None = None, text_weight: float = 1.0) -> Tensor:
+        """The loss: cross entropy in nats, summed over the rows that ``loss_mask`` marks, divided by their number.
 
         Args:
             batch: samples of any tasks.
@@ -109,7 +115,7 @@ class CogLM(nn.Module):
         positions: Tensor,
         bias: Tensor,
         n_context: int,
-        sampler: Sampler,
+        sampler: ChooseTokens,
         n: int = 1,
         guidance: float = 1.0,
         on_step: Callable[[int], None] | None = None,
@@ -141,38 +147,35 @@ class CogLM(nn.Module):
         biased = (bias.tril() != 0).any(-1).flatten(0, -2).any(0).tolist()  # rows of the bias that change anything
         total, step = torch.zeros(batch, device=self.device), 0
         # Inference mode spares each operation its bookkeeping for gradients: 6 % of the toy's time.
-        with packed(self.transformer, batch), torch.inference_mode():
+        with self.decoding(self, batch), torch.inference_mode():
             hidden = self.transformer(
                 tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
             )[:, -1]  # (R, D)
-            hidden, head = hidden.expand(batch, -1), self._head(batch)
-            fixed = FixedStep(self.transformer, cache, bias) if fixed_steps_pay(self.transformer) else None
+            hidden = hidden.expand(batch, -1)
             for i in range(n_context, length):
                 if wanted[i]:
-                    logits = head(hidden).float()  # (B, codes)
+                    logits = self.code_logits(hidden).float()  # (B, codes)
                     out[:, i] = choice = self._choose(logits, sampler, step, guidance)
                     total -= F.cross_entropy(logits, choice, reduction="none")
                     step += 1
                     if on_step is not None:
                         on_step(step)
                 if i < length - 1:
-                    token, position = out[:, i : i + 1], positions[:, i : i + 1]
-                    if fixed is not None:
-                        hidden = fixed(token, position, i)
-                    else:
-                        row = bias[:, :, i : i + 1, : i + 1] if biased[i] else None
-                        hidden = self.transformer(token, position, row, cache)[:, -1]
+                    row = bias[:, :, i : i + 1, : i + 1] if biased[i] else None
+                    hidden = self.next_hidden(out[:, i : i + 1], positions[:, i : i + 1], row, cache)
         keep = batch if guidance == 1.0 else batch // 2
         return Filled(out[:keep], total[:keep] / max(step, 1))
 
-    def _head(self, rows: int) -> Callable[[Tensor], Tensor]:
-        """Hidden states (B, D) -> logits over the picture codes (B, codes), for so many rows."""
-        n_codes, table = self.config.n_codes, self.transformer.token_embedding
-        head = pack(table, table.weight[:n_codes], None, rows)
-        return head or (lambda hidden: self.transformer.logits(hidden, n_codes))
+    def next_hidden(self, tokens: Tensor, positions: Tensor, bias: Tensor | None, cache: KVCache) -> Tensor:
+        """One more token (B, 1) in every row: hidden states (B, D), from which the token after it is predicted."""
+        return self.transformer(tokens, positions, bias, cache)[:, -1]
+
+    def code_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, D) -> logits over the picture codes (B, codes)."""
+        return self.transformer.logits(hidden, self.config.n_codes)
 
     @staticmethod
-    def _choose(logits: Tensor, sampler: Sampler, step: int, guidance: float) -> Tensor:
+    def _choose(logits: Tensor, sampler: ChooseTokens, step: int, guidance: float) -> Tensor:
         """Sampled ids (B,); both halves of guided rows get the same."""
         if guidance == 1.0:
             return sampler(logits, step)
@@ -184,7 +187,7 @@ class CogLM(nn.Module):
     def generate(
         self,
         texts: list[list[int]],
-        sampler: Sampler,
+        sampler: ChooseTokens,
         n: int = 1,
         text_weight: float = 0.0,
         guidance: float = 1.0,
@@ -227,7 +230,7 @@ class CogLM(nn.Module):
         return Filled(filled.tokens[:, longest + 1 :], filled.scores)
 
     def complete(
-        self, text: list[int], picture: Tensor, region: Tensor, sampler: Sampler, n: int = 1, text_weight: float = 0.0
+        self, text: list[int], picture: Tensor, region: Tensor, sampler: ChooseTokens, n: int = 1, text_weight: float = 0.0
     ) -> Filled:
         """Fill a hole in a picture, with text and everything around the hole in view.
 

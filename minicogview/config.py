@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from minicogview.errors import MiniCogViewError
 
 NormOrder = Literal["sandwich", "pre", "post"]
-FineStart = Literal["tiled", "coarse", "enlarged"]
+NormKind = Literal["layer", "rms"]
+FineStart = Literal["tiled", "enlarged"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class TransformerConfig:
     vocab_size: int
     max_positions: int = 1024
     norm: NormOrder = "sandwich"
+    norm_kind: NormKind = "layer"
     pb_relax: float | None = None  # attention scores / this, then minus their maximum, then times it
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -88,6 +90,15 @@ class SpecialIds:
     boc: int  # <start_of_chinese>
 
 
+PAD_PIECE = 3  # number of <pad> among the text pieces, in the original's model and in ours
+
+
+def special_ids(codebook_size: int, n_pieces: int) -> SpecialIds:
+    """The rule of the vocabulary: picture codes, then text pieces (one of them is <pad>), then three start tokens."""
+    first = codebook_size + n_pieces
+    return SpecialIds(pad=codebook_size + PAD_PIECE, boi=first, boe=first + 1, boc=first + 2)
+
+
 @dataclass(frozen=True)
 class CogLMConfig:
     """The first stage: a transformer and what its ids and positions mean."""
@@ -108,8 +119,8 @@ class SuperResolutionConfig:
     window: tuple[int, int] = (9, 5)  # rows and columns of fine tokens that a fine token looks at
     coarse_window: tuple[int, int] = (5, 5)  # the same on the coarse grid; direct super-resolution only
     # What a fine token starts from. "tiled", as released: <start_of_image>, and start values of positions that repeat
-    # the coarse grid's. Not in the original: "coarse", the coarse token that covers it, and that token's position;
-    # "enlarged", that position, and the token that stands there when the coarse picture is enlarged bicubically.
+    # the coarse grid's. Not in the original: "enlarged", the position of the coarse token that covers it, and the token
+    # that stands there when the coarse picture is enlarged bicubically.
     fine_start: FineStart = "tiled"
     # Not in the original: direct super-resolution has norms and MLPs of its own on the fine level. Released: CogLM's.
     own_layers: bool = False
@@ -131,23 +142,42 @@ class SamplingConfig:
     text_weight: float = 1.4  # log attention weight added on text columns
     guidance: float = 1.0  # classifier-free guidance scale; 1 switches it off
 
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise MiniCogViewError(f"temperature {self.temperature} is below 0: use 0 (no chance) or more")
+        if self.cluster_temperature <= 0:
+            raise MiniCogViewError(f"cluster_temperature {self.cluster_temperature} is not above 0: 1 is neutral")
+        if self.top_k < 1:
+            raise MiniCogViewError(f"top_k {self.top_k} keeps nothing: use 1 or more")
+
+
+def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> SamplingConfig:
+    """Settings with some of them replaced, by name.
+
+    Raises:
+        MiniCogViewError: if there is no such setting, or its value makes no sense.
+    """
+    known = [item.name for item in dataclasses.fields(SamplingConfig)]
+    for name, value in overrides.items():
+        if name not in known:
+            raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
+        if not math.isfinite(value):
+            raise MiniCogViewError(f"{name} is {value}: give a finite number")
+    return dataclasses.replace(settings, **overrides)
+
 
 @dataclass(frozen=True)
 class Preset:
-    """One complete system."""
+    """One complete system: the picture tokenizer, the three stages, and how their tokens are drawn."""
 
     name: str
     vqvae: VQVAEConfig
-    transformer: TransformerConfig
-    layout: LayoutConfig
-    sampling: SamplingConfig
-    n_text_pieces: int  # SentencePiece pieces, without the three special tokens
+    coglm: CogLMConfig
+    direct: SuperResolutionConfig
+    iterative: SuperResolutionConfig
+    n_text_pieces: int  # SentencePiece pieces, without the three start tokens
     level: int  # which rate of the tokenizer the models use
-    fine_factor: int = 3  # fine grid / coarse grid, each way
-    direct_text: int = 96  # text slots of direct super-resolution ...
-    iterative_text: int = 16  # ... and of the iterative one, which reads the first words only
-    fine_start: FineStart = "tiled"  # see SuperResolutionConfig
-    own_layers: bool = False  # likewise
+    sampling: SamplingConfig = SamplingConfig()  # of the first stage
     # The recipes' other temperatures (1.5 and 1.3) never reach the original's models.
     direct_sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_k=100, cluster_temperature=0.89)
     iterative_temperature: float = 1.0  # how many codes stay in play is part of LoPAR's schedule
@@ -156,61 +186,53 @@ class Preset:
     fine_choice: Literal["sample", "mean"] = "sample"
 
     @property
-    def ids(self) -> SpecialIds:
-        """Special ids by the vocabulary's rule: pictures, then text pieces (pad is the fourth), then three more."""
-        first = self.vqvae.codebook_size + self.n_text_pieces
-        return SpecialIds(pad=self.vqvae.codebook_size + 3, boi=first, boe=first + 1, boc=first + 2)
-
-    @property
-    def coglm(self) -> CogLMConfig:
-        """Everything the first stage is built from."""
-        return CogLMConfig(self.transformer, self.layout, self.ids, self.vqvae.codebook_size)
-
-    @property
-    def direct(self) -> SuperResolutionConfig:
-        """Everything that direct super-resolution is built from."""
-        return SuperResolutionConfig(
-            self.coglm, self.direct_text, self.fine_factor, fine_start=self.fine_start, own_layers=self.own_layers
-        )
-
-    @property
-    def iterative(self) -> SuperResolutionConfig:
-        """Everything that iterative super-resolution is built from."""
-        return SuperResolutionConfig(self.coglm, self.iterative_text, self.fine_factor, fine_start=self.fine_start)
-
-    @property
     def coarse_pixels(self) -> int:
-        """Side of the picture that stage one draws, in pixels."""
-        return self.layout.grid * self.vqvae.rates[self.level]
+        """Side of the picture that the first stage draws, in pixels."""
+        return self.coglm.layout.grid * self.vqvae.rates[self.level]
 
     @property
     def fine_pixels(self) -> int:
         """Side of the picture after super-resolution, in pixels."""
-        return self.coarse_pixels * self.fine_factor
+        return self.coarse_pixels * self.direct.factor
+
+    def with_coglm(self, coglm: CogLMConfig) -> Preset:
+        """The same system on a first stage of other sizes."""
+        direct, iterative = (dataclasses.replace(stage, coglm=coglm) for stage in (self.direct, self.iterative))
+        return dataclasses.replace(self, coglm=coglm, direct=direct, iterative=iterative)
 
 
-def _preset(
+def make_preset(
     name: str,
     vqvae: VQVAEConfig,
     layout: LayoutConfig,
-    sampling: SamplingConfig,
+    transformer: dict[str, Any],
     n_text_pieces: int,
     level: int,
-    fine: dict[str, Any] | None = None,
-    **transformer: Any,
+    direct: dict[str, Any] | None = None,
+    iterative: dict[str, Any] | None = None,
+    **sampling: Any,
 ) -> Preset:
-    """Fill in the sizes that follow from others: vocabulary and, unless given, number of positions.
+    """A preset; sizes that follow from others are filled in: the vocabulary and, unless given, the positions.
 
-    ``fine`` are the settings of the super-resolution stages that differ from the released ones.
+    Args:
+        transformer: of ``TransformerConfig``, at least ``n_layers``, ``d_model`` and ``n_heads``.
+        direct, iterative: of ``SuperResolutionConfig``, where they differ from the released stages.
+        sampling: the remaining fields of ``Preset``.
     """
-    transformer.setdefault("vocab_size", vqvae.codebook_size + n_text_pieces + 3)
-    transformer.setdefault("max_positions", layout.max_text + 1 + layout.n_image)
-    sizes = TransformerConfig(**transformer)
-    return Preset(name, vqvae, sizes, layout, sampling, n_text_pieces, level, **(fine or {}))
+    sizes = {
+        "vocab_size": vqvae.codebook_size + n_text_pieces + 3,
+        "max_positions": layout.max_text + 1 + layout.n_image,
+        **transformer,
+    }
+    ids = special_ids(vqvae.codebook_size, n_text_pieces)
+    coglm = CogLMConfig(TransformerConfig(**sizes), layout, ids, vqvae.codebook_size)
+    first = SuperResolutionConfig(coglm, **{"n_text": 96, **(direct or {})})
+    second = SuperResolutionConfig(coglm, **{"n_text": 16, **(iterative or {})})  # it reads the first words only
+    return Preset(name, vqvae, coglm, first, second, n_text_pieces, level, **sampling)
 
 
 PRESETS: dict[str, Preset] = {
-    "toy": _preset(
+    "toy": make_preset(
         "toy",
         VQVAEConfig(
             channels=32,
@@ -223,43 +245,32 @@ PRESETS: dict[str, Preset] = {
             n_groups=8,
         ),
         LayoutConfig(max_text=48, grid=8, n_patches=3, patch_size=3),
-        SamplingConfig(temperature=0.3, top_k=16, n_clusters=64, text_weight=0.0, guidance=1.5),
+        {"n_layers": 5, "d_model": 256, "n_heads": 4},
         n_text_pieces=4500,
         level=0,
-        fine={
-            "direct_text": 48,
-            "fine_start": "enlarged",
-            "own_layers": True,
-            "direct_sampling": SamplingConfig(temperature=0.25, n_clusters=0),
-            "iterative_temperature": 0.25,
-            "fine_choice": "mean",
-        },
-        n_layers=5,
-        d_model=256,
-        n_heads=4,
+        direct={"n_text": 48, "fine_start": "enlarged", "own_layers": True},
+        iterative={"fine_start": "enlarged"},
+        sampling=SamplingConfig(temperature=0.3, top_k=16, n_clusters=64, text_weight=0.0, guidance=1.5),
+        direct_sampling=SamplingConfig(temperature=0.25, n_clusters=0),
+        iterative_temperature=0.25,
+        fine_choice="mean",
     ),
-    "small": _preset(
+    "small": make_preset(
         "small",
         VQVAEConfig(codebook_size=8192),
         LayoutConfig(max_text=112, grid=20),
-        SamplingConfig(temperature=1.0, n_clusters=500),
+        {"n_layers": 12, "d_model": 768, "n_heads": 12},
         n_text_pieces=32000,
         level=1,
-        n_layers=12,
-        d_model=768,
-        n_heads=12,
+        sampling=SamplingConfig(temperature=1.0, n_clusters=500),
     ),
-    "cogview2": _preset(
+    "cogview2": make_preset(
         "cogview2",
         VQVAEConfig(),
         LayoutConfig(),
-        SamplingConfig(),
+        {"n_layers": 48, "d_model": 3072, "n_heads": 48, "max_positions": 1024},
         n_text_pieces=130000,
         level=1,
-        n_layers=48,
-        d_model=3072,
-        n_heads=48,
-        max_positions=1024,
     ),
 }
 
@@ -280,11 +291,15 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config))
 
 
+RETIRED = {"dropout": 0.0}  # fields of older files, with the only value that they ever had
+
+
 def _build(kind: Any, value: Any) -> Any:
     """``value`` as the type ``kind``: nested dataclasses from dictionaries, tuples from JSON's lists."""
     if dataclasses.is_dataclass(kind):
         types = get_type_hints(kind)
-        return kind(**{key: _build(types.get(key), item) for key, item in value.items()})  # type: ignore[operator]
+        fields = {key: item for key, item in value.items() if key in types or RETIRED.get(key, ...) != item}
+        return kind(**{key: _build(types.get(key), item) for key, item in fields.items()})  # type: ignore[operator]
     return tuple(_build(None, item) for item in value) if isinstance(value, list) else value
 
 

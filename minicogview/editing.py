@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.tokenizer import upright
+from minicogview.pictures import upright
 
 Box = tuple[int, int, int, int]
 Mask = Tensor | np.ndarray | Image.Image

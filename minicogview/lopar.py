@@ -25,23 +25,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minicogview.attention import attention_bias
 from minicogview.config import SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
-from minicogview.local_attention import Global, Impl, local_attention
-from minicogview.scale.streaming import Stream
+from minicogview.local_attention import Impl, local_attention
 from minicogview.super_resolution import (
     CellSampler,
     DirectSR,
+    Walk,
     attend_everywhere,
     attentions,
     check_codes,
     choose_codes,
     run_levels,
     split_heads,
-    start_positions,
     text_slots,
+    two_levels,
 )
-from minicogview.transformer import Record, Transformer, attention_bias
+from minicogview.transformer import Record, Transformer
+from minicogview.windows import Global
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,8 @@ class IterativeSR(nn.Module):
     def __init__(self, config: SuperResolutionConfig, base: Transformer | None = None):
         super().__init__()
         self.config = config
-        sizes = config.coglm.transformer
-        self.base = Transformer(sizes) if base is None else base
-        self.stream: Stream | None = None  # brings in layers from the disk; None: all are in memory
-        self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
-        with torch.no_grad():
-            table = self.base.position_embedding.weight
-            start = start_positions(table, config.coglm.layout, config.factor, config.fine_start)
-            self.fine_position.weight.copy_(start)
+        self.base, self.fine_position = two_levels(config, base)
+        self.walk: Walk = iter
 
     @torch.no_grad()
     def start_from_direct(self, direct: DirectSR) -> None:
@@ -208,17 +204,13 @@ class IterativeSR(nn.Module):
             cells = cells + base.token_embedding(before.to(device)) * masked[:, :, None]
         layers = attentions(base.layers)
 
-        def attend(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-            attention = layers[i]
-            text_qkv, fine_qkv = (split_heads(attention.qkv(x), attention.n_heads) for x in (text, fine))
+        def attention(i: int, text: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+            layer = layers[i]
+            text_qkv, fine_qkv = (split_heads(layer.qkv(x), layer.n_heads) for x in (text, fine))
             text, fine = lopar_attention(text_qkv, fine_qkv, real, config)
-            return attention.out(text.flatten(2)), attention.out(fine.flatten(2))
+            return layer.out(text.flatten(2)), layer.out(fine.flatten(2))
 
-        return run_levels(base, text, cells, attend, record, stream=self.stream)
-
-    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """From now on read the layers from their file when their turn comes; see ``Stream``."""
-        self.stream = Stream([[layer] for layer in self.base.layers], device, dtype)
+        return run_levels(base, text, cells, attention, record, walk=self.walk)
 
     def check(self, fine: Tensor, region: Tensor | None) -> None:
         """Raise MiniCogViewError unless ``fine`` is (B, F) codes, and ``region`` None or (rows, columns)."""
@@ -228,7 +220,7 @@ class IterativeSR(nn.Module):
             raise MiniCogViewError(f"region of shape {tuple(region.shape)}: expected {grid}, one entry for each token")
 
     @torch.no_grad()
-    def refine(
+    def resample(
         self,
         texts: Sequence[Sequence[int]],
         fine: Tensor,

@@ -82,7 +82,7 @@ def gumbel(seeds: Sequence[int], n_rounds: int, n_cells: int) -> Tensor:
 
 
 @torch.no_grad()
-def refine_by_confidence(
+def resample_by_confidence(
     model: IterativeSR,
     texts: Sequence[Sequence[int]],
     fine: Tensor,

@@ -1,10 +1,10 @@
-"""Pictures that a model made: shown in a notebook, put on a contact sheet, written to files.
+"""Pictures going in and coming out: files, PIL images and tensors; shown, put on a contact sheet, written to files.
 
 The idea: what the toy draws is 32 pixels wide, too small for the eye, so pictures are shown with every pixel as
 a square of several; the pictures themselves stay as they were made. A file is written beside its place and then
 renamed, so that nobody ever finds half a picture.
 
-Shapes: ``n`` pictures, ``grid`` tokens along each side.
+Shapes: ``n`` pictures, ``grid`` tokens along each side; ``H`` x ``W`` pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +15,75 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
 
 VISIBLE = 128  # pixels: smaller pictures are enlarged in a notebook
+
+
+Picture = str | Path | Image.Image | Tensor  # what a user may hand in
+
+
+# --- pictures between files, PIL and tensors
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """A picture as float32 (3, H, W), 0..1, transparent parts on white.
+
+    Raises:
+        MiniCogViewError: if the file is missing or no picture, or a tensor is not (3, H, W).
+    """
+    if isinstance(picture, Tensor):
+        if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
+            raise MiniCogViewError(f"picture tensor has shape {tuple(picture.shape)}: give (3, H, W)")
+        return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
+    image = to_image(picture).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return rearrange(flat, "(h w c) -> c h w", h=image.height, w=image.width).float() / 255
+
+
+def to_image(picture: Picture) -> Image.Image:
+    """A file, a PIL image or a tensor (3, H, W) as an upright PIL image, RGB or RGBA; raises as ``to_tensor`` does."""
+    if isinstance(picture, Tensor):
+        return to_pil(to_tensor(picture))
+    return upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as one sees it: turned as its EXIF data says, 8 bits, RGB, or RGBA where parts are transparent."""
+    if image.mode.startswith("I;16"):  # grey with 16 bits, which convert() would clip to white
+        image = image.point(lambda value: value / 256).convert("L")
+    return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """A picture tensor (3, H, W), 0..1 (values outside are clamped), as a PIL image."""
+    array = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(rearrange(array, "c h w -> h w c").contiguous().numpy())
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Read a picture file whole, so that a damaged one is noticed here; too large ones are refused unread.
+
+    Raises:
+        MiniCogViewError: if the file is missing, no picture, damaged, or of more pixels than PIL takes.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise MiniCogViewError(f"picture {path} does not exist: check the path") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MiniCogViewError(f"picture {path} cannot be read ({error}): give a PNG or JPEG file") from None
+    return image
+
+
+# --- pictures that a model made
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +97,7 @@ class Pictures:
         text: what was asked for. seeds: one for each picture.
         caption_scores: (n,) float32, how likely the text is as a caption of each picture (mean log-probability of its
             tokens in nats), best first; None where nothing was selected by it.
-        coarse, direct, refined: the pictures after each stage; None for a stage that was left out.
+        coglm, direct, iterative: the pictures after each stage; None for a stage that was left out.
         fine_tokens: (n, fine grid, fine grid) int64 picture codes of the last stage; None after the first.
     """
 
@@ -44,9 +107,9 @@ class Pictures:
     text: str
     seeds: list[int]
     caption_scores: Tensor | None = None
-    coarse: list[Image.Image] | None = None
+    coglm: list[Image.Image] | None = None
     direct: list[Image.Image] | None = None
-    refined: list[Image.Image] | None = None
+    iterative: list[Image.Image] | None = None
     fine_tokens: Tensor | None = None
 
     def __len__(self) -> int:
@@ -66,7 +129,7 @@ class Pictures:
         scores, order = caption_scores.sort(descending=True, stable=True)
         kept = order[:keep].tolist()
         images, seeds = ([some[i] for i in kept] for some in (self.images, self.seeds))
-        return Pictures(images, self.tokens[kept], self.scores[kept], self.text, seeds, scores[:keep], coarse=images)
+        return Pictures(images, self.tokens[kept], self.scores[kept], self.text, seeds, scores[:keep], coglm=images)
 
     def sheet(self, scale: int | None = None) -> Image.Image:
         """All pictures on one, at most 8 in a row; ``scale`` as for ``enlarge``, None: well visible."""

@@ -26,16 +26,18 @@ from torch import Tensor
 
 from minicogview.checkpoints.files import load_vqvae
 from minicogview.checkpoints.loading import check_fit, find_folder, load_stages, plan_for, preset_of
+from minicogview.clusters import Clusters, cluster_codebook, load_labels
 from minicogview.coglm import CogLM, Filled
-from minicogview.config import PRESETS, Preset, SamplingConfig
+from minicogview.config import PRESETS, Preset, SamplingConfig, replace_settings
 from minicogview.editing import CONTEXT, Mask, crop_box, paste, to_mask, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Pictures
-from minicogview.sampling import Clusters, Sampler, cluster_codebook, load_labels, replace_settings
+from minicogview.pictures import Picture, Pictures, to_image
+from minicogview.sampling import Sampler
+from minicogview.scale.decoding import fast_steps
 from minicogview.scale.offload import Offload
 from minicogview.scale.plan import Plan
-from minicogview.tokenizer import Picture, Tokenizer, to_image
-from minicogview.upsampling import Progress, Sharpener
+from minicogview.tokenizer import Tokenizer
+from minicogview.upsampling import Progress, Upsampler
 from minicogview.vqvae import VQVAE
 
 BATCH = 32  # pictures that are drawn side by side, unless the plan says fewer; more of them wait for their turn
@@ -50,7 +52,7 @@ class CogView2:
         tokenizer: with its picture half; its ``level`` is the rate that ``coglm`` draws at.
         sampling: defaults of every call. ``n_clusters`` 0 stands for plain top-k.
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
-        sharpener: both super-resolution stages; None: pictures stay as coarse as ``coglm`` draws them.
+        upsampler: both super-resolution stages; None: pictures stay as coarse as ``coglm`` draws them.
         offload: brings in the weights of the stage at work; None: all are in memory.
         plan: how each stage has its weights; None: in memory.
 
@@ -59,7 +61,7 @@ class CogView2:
         >>> pictures = model.generate("a red apple", n=2, seed=0)
         >>> pictures[0].size, tuple(pictures.tokens.shape)
         ((96, 96), (2, 8, 8))
-        >>> pictures.coarse[0].size
+        >>> pictures.coglm[0].size
         (32, 32)
     """
 
@@ -67,12 +69,13 @@ class CogView2:
     tokenizer: Tokenizer
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     labels: Tensor | None = None
-    sharpener: Sharpener | None = None
+    upsampler: Upsampler | None = None
     offload: Offload | None = None
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
         self._clusters: dict[int, Clusters] = {}
+        self.coglm.decoding = fast_steps
 
     @classmethod
     def from_pretrained(
@@ -113,10 +116,11 @@ class CogView2:
         check_fit(coglm.config, tokenizer, folder)
         label_file = folder / "cluster_label.npy"
         labels = load_labels(label_file, coglm.config.n_codes) if label_file.exists() else None
-        sharpener = None
+        upsampler = None
         if direct is not None:
-            sharpener = Sharpener(vqvae, chosen, direct, iterative, labels=labels, offload=weights, batch=plan.batch)
-        return cls(coglm, tokenizer, chosen.sampling, labels, sharpener, weights, plan)
+            need = None if weights is None else weights.need
+            upsampler = Upsampler(vqvae, chosen, direct, iterative, labels=labels, need=need, batch=plan.batch)
+        return cls(coglm, tokenizer, chosen.sampling, labels, upsampler, weights, plan)
 
     # --- sizes and settings
 
@@ -143,8 +147,14 @@ class CogView2:
 
     @property
     def n_stages(self) -> int:
-        """Stages that there are weights for: 1 draws, 2 drafts the fine picture, 3 refines it."""
-        return 1 if self.sharpener is None else self.sharpener.n_stages
+        """Stages that there are weights for: 1 is CogLM, 2 adds the direct stage, 3 the iterative one."""
+        return 1 if self.upsampler is None else self.upsampler.n_stages
+
+    def require_upsampler(self) -> Upsampler:
+        """Both super-resolution stages; an error where these weights have none."""
+        if self.upsampler is None:
+            raise MiniCogViewError("these weights draw coarse pictures only: there is no direct.safetensors beside them")
+        return self.upsampler
 
     def clusters(self, n_clusters: int) -> Clusters | None:
         """Clusters of the picture codes, made once; None for ``n_clusters`` 0, which is plain top-k."""
@@ -230,14 +240,14 @@ class CogView2:
 
         def draw(seeds: list[int], done: int) -> Filled:
             total = -(-n // self.batch) * self.grid**2
-            report = None if on_step is None else lambda step: on_step("drawing", done + step, total)
+            report = None if on_step is None else lambda step: on_step("coglm", done + step, total)
             sampler = self.sampler(seeds, settings)
             return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
 
         pictures = self._in_batches(draw, text, n, seed)
         if keep is not None:
             pictures = pictures.best(keep, self._caption_scores(ids, pictures.tokens))
-        return self.sharpen(pictures, stages, on_step)
+        return self.upsample(pictures, stages, on_step)
 
     def complete(
         self, text: str, picture: Picture, region: Any, n: int = 1, seed: int = 0, **sampling: float
@@ -298,18 +308,18 @@ class CogView2:
         top, left, bottom, right = box = crop_box(chosen, context, self.grid)
         stages, cut, hole = self._stages(stages), image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
         drawn = self.complete(text, self.codes(cut), token_region(hole, self.grid), n, seed, **sampling)
-        if stages > 1 and self.sharpener is not None:
-            side = self.sharpener.grid
+        if stages > 1 and self.upsampler is not None:
+            side = self.upsampler.grid
             own = self.tokenizer.encode_picture(cut, size=self.size * side // self.grid).flatten()
-            drawn = self.sharpen(drawn, stages, keep=(own.cpu(), token_region(hole, side)))
+            drawn = self.upsample(drawn, stages, keep=(own.cpu(), token_region(hole, side)))
         pasted: dict[str, Any] = {
             name: [paste(image, patch, box, chosen) for patch in patches]
-            for name in ("coarse", "direct", "refined")
+            for name in ("coglm", "direct", "iterative")
             if (patches := getattr(drawn, name)) is not None
         }
         return dataclasses.replace(drawn, images=list(pasted.values())[-1], **pasted)
 
-    def sharpen(
+    def upsample(
         self,
         pictures: Pictures,
         stages: int | None = None,
@@ -320,20 +330,20 @@ class CogView2:
 
         Args:
             stages, on_step: as for ``generate``.
-            keep: as for ``Sharpener.run``.
+            keep: as for ``Upsampler.run``.
         """
-        stages, sharpener = self._stages(stages), self.sharpener
-        if stages == 1 or sharpener is None:
+        stages, upsampler = self._stages(stages), self.upsampler
+        if stages == 1 or upsampler is None:
             return pictures
         texts, tokens = [self.encode(pictures.text)] * len(pictures.tokens), pictures.tokens.flatten(1)
-        after = sharpener.run(texts, tokens, pictures.seeds, stages, on_step, keep)
-        codes = [rearrange(fine, "n (h w) -> n h w", h=sharpener.grid) for fine in after]
+        after = upsampler.run(texts, tokens, pictures.seeds, stages, on_step, keep)
+        codes = [rearrange(fine, "n (h w) -> n h w", h=upsampler.grid) for fine in after]
         images = [[self.tokenizer.decode_picture(one) for one in part] for part in codes]
         return dataclasses.replace(
             pictures,
             images=images[-1],
             direct=images[0],
-            refined=images[1] if stages == 3 else None,
+            iterative=images[1] if stages == 3 else None,
             fine_tokens=codes[-1],
         )
 
@@ -397,4 +407,4 @@ class CogView2:
         # One by one: in a batch the decoder rounds differently, and a picture must not depend on its neighbours.
         images = [self.tokenizer.decode_picture(codes) for codes in tokens]
         scores = torch.cat([part.scores for part in drawn]).cpu()
-        return Pictures(images, tokens, scores, text, seeds, coarse=images)
+        return Pictures(images, tokens, scores, text, seeds, coglm=images)

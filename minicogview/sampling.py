@@ -1,8 +1,8 @@
-"""From logits to a token: temperature, top-k, cluster sampling, and the two dials around them.
+"""From logits to a token: temperature, top-k, cluster sampling and classifier-free guidance.
 
 A picture codebook holds many near-identical rows. Plain top-k keeps k copies of the same colour and cuts
-off every other idea; cluster sampling first draws one of the k likeliest *groups* of similar tokens, then
-a token inside that group. Text is weighted up by adding a constant to the attention scores of text columns.
+off every other idea; cluster sampling first draws one of the k likeliest *groups* of similar tokens
+(``clusters.py``), then a token inside that group.
 
 Source: CogView2 (Ding et al. 2022), section 4.2 and appendix; mirrors ``coglm_strategy.py`` and
 ``sr_pipeline/dsr_sampling.py`` of the official code (cluster samplers) and its LoPAR sampler (top-k).
@@ -18,62 +18,15 @@ temperature 0 takes the likeliest token.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from minicogview.clusters import Clusters
 from minicogview.config import SamplingConfig
 from minicogview.errors import MiniCogViewError
-
-
-@dataclass(frozen=True, eq=False)
-class Clusters:
-    """A partition of the picture tokens, stored both ways round; make one with ``Clusters.of(labels)``.
-
-    Attributes:
-        labels: (V,) int64, cluster of each token.
-        members: (C, M) int64, tokens of each cluster; short rows are filled up with token 0.
-        bias: (C, M) float32, 0 at real members and -inf at the filling.
-    """
-
-    labels: Tensor
-    members: Tensor
-    bias: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor | Clusters) -> Clusters:
-        """Clusters from (V,) integer labels; clusters without a member are allowed and never drawn."""
-        if isinstance(labels, Clusters):
-            return labels
-        labels = labels.long()
-        sizes = labels.bincount()  # (C,)
-        order = labels.argsort(stable=True)  # tokens, cluster by cluster
-        rank = torch.arange(len(labels), device=labels.device) - (sizes.cumsum(0) - sizes)[labels[order]]
-        shape = (len(sizes), int(sizes.max()))
-        members = torch.zeros(shape, dtype=torch.long, device=labels.device)
-        bias = torch.full(shape, -torch.inf, device=labels.device)
-        members[labels[order], rank] = order
-        bias[labels[order], rank] = 0.0
-        bias[sizes == 0] = 0.0  # avoids a softmax over nothing; the cluster's own mass is 0
-        return cls(labels, members, bias)
-
-    @property
-    def n_clusters(self) -> int:
-        """Number of clusters, empty ones below the highest label included."""
-        return len(self.members)
-
-    def to(self, device: torch.device | str) -> Clusters:
-        """The same clusters on another device."""
-        return Clusters(self.labels.to(device), self.members.to(device), self.bias.to(device))
-
 
 # --- what may be drawn, and how likely it is: the samplers and the exact distributions both call these
 
@@ -235,7 +188,6 @@ class Sampler:
     n_steps: int = 1024
 
     def __post_init__(self) -> None:
-        check(self.config)
         self.noise = uniforms(self.seeds, self.n_steps)  # (B, n_steps, 2)
 
     def __call__(self, logits: Tensor, step: int | Tensor) -> Tensor:
@@ -276,46 +228,7 @@ class NearestToMean:
         mean = (logits.float() / self.temperature).softmax(-1) @ codebook  # (B, S, D)
         return torch.cdist(mean, codebook).argmin(-1)
 
-
-def check(config: SamplingConfig) -> None:
-    """Raise ``MiniCogViewError`` on settings that no sampler can follow, naming the setting and its range."""
-    if config.temperature < 0:
-        raise MiniCogViewError(f"temperature {config.temperature} is below 0: use 0 (no chance) or more")
-    if config.cluster_temperature <= 0:
-        raise MiniCogViewError(
-            f"cluster_temperature {config.cluster_temperature} is not above 0: 1 is neutral"
-        )
-    if config.top_k < 1:
-        raise MiniCogViewError(f"top_k {config.top_k} keeps nothing: use 1 or more")
-
-
-def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> SamplingConfig:
-    """Settings with some of them replaced, by name.
-
-    Raises:
-        MiniCogViewError: if there is no such setting, or its value makes no sense.
-    """
-    known = [item.name for item in dataclasses.fields(SamplingConfig)]
-    for name, value in overrides.items():
-        if name not in known:
-            raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
-        if not math.isfinite(value):
-            raise MiniCogViewError(f"{name} is {value}: give a finite number")
-    replaced = dataclasses.replace(settings, **overrides)
-    check(replaced)
-    return replaced
-
-
-# --- the two dials around the sampler
-
-
-def text_attention_weights(n_text: int, seq_len: int, weight: float) -> Tensor:
-    """Log attention weights (seq_len,): ``weight`` on the text columns, 0 elsewhere, for every query row.
-
-    Added to the attention scores, so ``weight`` 1.4 makes each text token count exp(1.4) = 4.1 times.
-    ``<start_of_image>`` is not text: leave it out of ``n_text``.
-    """
-    return F.pad(torch.full((n_text,), float(weight)), (0, seq_len - n_text))
+# --- a dial in front of the sampler
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -326,75 +239,3 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         scale: 1 gives ``cond`` back, above 1 exaggerates what the caption changes. Not in the original.
     """
     return torch.lerp(uncond, cond, scale)
-
-
-# --- where clusters come from
-
-
-def cluster_codebook(codebook: Tensor, n_clusters: int, seed: int = 0, n_iterations: int = 30) -> Tensor:
-    """Group similar codebook rows by k-means (k-means++ start, then Lloyd's iterations).
-
-    Args:
-        codebook: (V, D) float.
-        n_clusters: C, at most V.
-        seed: of the start; the same seed gives the same labels on one machine. Ship the labels with the
-            weights rather than computing them again elsewhere.
-
-    Returns:
-        (V,) int64 labels in 0..C-1. A cluster may end up empty where rows coincide.
-
-    Raises:
-        MiniCogViewError: if n_clusters is below 1 or above V.
-    """
-    if not 1 <= n_clusters <= len(codebook):
-        raise MiniCogViewError(f"cannot make {n_clusters} clusters of {len(codebook)} codebook rows")
-    points = codebook.detach().float().cpu()
-    centres = _spread_out(points, n_clusters, torch.Generator().manual_seed(seed))  # (C, D)
-    labels = torch.cdist(points, centres).argmin(-1)
-    for _ in range(n_iterations):
-        sizes = labels.bincount(minlength=n_clusters)[:, None]  # (C, 1)
-        sums = torch.zeros_like(centres).index_add_(0, labels, points)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-        previous, labels = labels, torch.cdist(points, centres).argmin(-1)
-        if torch.equal(previous, labels):
-            break
-    return labels
-
-
-def _spread_out(points: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next centre is a point, drawn in proportion to its squared distance to the others."""
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    squared = (points - points[chosen[0]]).square().sum(-1)  # (V,)
-    while len(chosen) < n:
-        # A point at distance 0 is drawn only when nothing else is left: fewer distinct rows than clusters.
-        weights = squared if squared.sum() > 0 else torch.ones_like(squared)
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        squared = torch.minimum(squared, (points - points[chosen[-1]]).square().sum(-1))
-    return points[chosen]
-
-
-def load_labels(path: str | Path, n_tokens: int = 20000) -> Tensor:
-    """Read a label file in the original's form, ``cluster_label.npy``: one whole number per picture token.
-
-    Returns:
-        (n_tokens,) int64 labels.
-
-    Raises:
-        MiniCogViewError: if the file is missing, is not a plain numpy array (pickled ones are refused, since
-            unpickling runs code), has another length, or holds anything but whole numbers from 0.
-    """
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a plain .npy array"
-        raise MiniCogViewError(
-            f"cannot read cluster labels from {path} ({reason}): give cluster_label.npy"
-        ) from None
-    if not isinstance(labels, np.ndarray) or labels.shape != (n_tokens,):
-        shape = getattr(labels, "shape", "an archive")
-        raise MiniCogViewError(
-            f"cluster labels in {path} have shape {shape}: expected ({n_tokens},), one per token"
-        )
-    if labels.dtype.kind not in "iuf" or (labels < 0).any() or (labels != np.floor(labels)).any():
-        raise MiniCogViewError(f"cluster labels in {path} are not whole numbers from 0: is it another file?")
-    return torch.from_numpy(labels.astype(np.int64))

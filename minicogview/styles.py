@@ -36,12 +36,12 @@ class Style:
 
     def model(self, model: CogView2) -> CogView2:
         """The same weights with the style's settings of both samplers."""
-        sharpener = model.sharpener
-        if sharpener is not None:
-            sampling = dataclasses.replace(sharpener.preset.direct_sampling, **self.direct)
-            preset = dataclasses.replace(sharpener.preset, direct_sampling=sampling)
-            sharpener = dataclasses.replace(sharpener, preset=preset)
-        return dataclasses.replace(model, sampling=model.settings(self.sampling), sharpener=sharpener)
+        upsampler = model.upsampler
+        if upsampler is not None:
+            sampling = dataclasses.replace(upsampler.preset.direct_sampling, **self.direct)
+            preset = dataclasses.replace(upsampler.preset, direct_sampling=sampling)
+            upsampler = dataclasses.replace(upsampler, preset=preset)
+        return dataclasses.replace(model, sampling=model.settings(self.sampling), upsampler=upsampler)
 
 
 _FLAT = {"top_k": 5, "cluster_temperature": 0.4}

@@ -15,29 +15,31 @@ Shapes: ``B`` rows, ``L`` low slots (text slots + ``n`` coarse tokens), ``F`` fi
 
 Different on purpose: the original feeds the fine tokens one place late and then cuts one off, which cancels; here a
 slot predicts its own token. Texts too long for the slots are cut instead of failing later. A fine token may start as
-the coarse token above it, or as the one that an ordinary enlargement puts there: a small model learns from that far
-sooner (``fine_start``; docs/notes.md).
+the one that an ordinary enlargement puts there: a small model learns from that far sooner (``fine_start``;
+docs/notes.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from minicogview.attention import attend, attention_bias
 from minicogview.config import FineStart, LayoutConfig, SuperResolutionConfig
 from minicogview.errors import MiniCogViewError
-from minicogview.local_attention import Coarse, Impl, local_attention
-from minicogview.scale.streaming import Stream
-from minicogview.transformer import Attention, Block, Record, Transformer, attention_bias
+from minicogview.local_attention import Impl, local_attention
+from minicogview.transformer import Attention, Block, Record, Transformer
 from minicogview.vqvae import VQVAE
+from minicogview.windows import Coarse
 
 CellSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (B, S, V), cells (S,)) -> (B, S) codes
 Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, low, fine -> what attention adds to each
+Walk = Callable[[Iterable[Any]], Iterable[Any]]  # in which way the layers are visited
 
 
 # --- what both super-resolution stages share ---------------------------------------------------------------------
@@ -69,13 +71,24 @@ def start_positions(table: Tensor, layout: LayoutConfig, factor: int, start: Fin
     """Start values (F, D) of the fine positions, from the base table (P, D).
 
     "tiled": the coarse grid is repeated, not enlarged, and begins at the row of <start_of_image>, one before the
-    picture's first: two accidents of the original that its released weights were trained from. Otherwise every fine
+    picture's first: two accidents of the original that its released weights were trained from. "enlarged": every fine
     cell begins at the position of the coarse cell that covers it.
     """
-    if start != "tiled":
+    if start == "enlarged":
         return enlarge(table[None, layout.max_text + 1 :][:, : layout.n_image], layout.grid, factor)[0]
     tile = table[layout.max_text : layout.max_text + layout.n_image]  # (n, D)
     return repeat(tile, "(h w) d -> (a h b w) d", h=layout.grid, a=factor, b=factor)
+
+
+def two_levels(config: SuperResolutionConfig, base: Transformer | None) -> tuple[Transformer, nn.Embedding]:
+    """What both stages are made of: a transformer to stand on, new if None is given, and a table of fine positions."""
+    base = Transformer(config.coglm.transformer) if base is None else base
+    positions = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], config.coglm.transformer.d_model)
+    if not positions.weight.is_meta:  # else what is trained comes from a file
+        start = start_positions(base.position_embedding.weight, config.coglm.layout, config.factor, config.fine_start)
+        with torch.no_grad():
+            positions.weight.copy_(start)
+    return base, positions
 
 
 @torch.no_grad()
@@ -99,7 +112,7 @@ def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Ordinary attention for token-major q, k, v (B, T, N, H): (B, T, N, H)."""
     q, k, v = (rearrange(t, "b t n h -> b n t h") for t in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)), "b n t h -> b t n h")
+    return rearrange(attend(q, k, v, bias), "b n t h -> b t n h")
 
 
 def attentions(layers: nn.ModuleList) -> list[Attention]:
@@ -111,18 +124,18 @@ def run_levels(
     base: Transformer,
     low: Tensor,
     fine: Tensor,
-    attend: Attend,
+    attention: Attend,
     record: Record | None = None,
     fine_layers: nn.ModuleList | None = None,
-    stream: Stream | None = None,
+    walk: Walk = iter,
 ) -> tuple[Tensor, Tensor]:
     """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention.
 
     The fine stream goes through the norms and MLPs of ``fine_layers``, where there are any. The norm at the end is one.
     """
     pairs = list(zip(cast(list[Block], base.layers), cast(list[Block], fine_layers or base.layers), strict=True))
-    for i, (layer, fine_layer) in enumerate(pairs if stream is None else stream.walk(pairs)):
-        to_low, to_fine = attend(i, layer.prepare(low), fine_layer.prepare(fine))
+    for i, (layer, fine_layer) in enumerate(walk(pairs)):
+        to_low, to_fine = attention(i, layer.prepare(low), fine_layer.prepare(fine))
         low, fine = layer.finish(low, to_low), fine_layer.finish(fine, to_fine)
         if record is not None:
             record.hidden.append(torch.cat([low, fine], dim=1))
@@ -199,25 +212,20 @@ class DirectSR(nn.Module):
 
     def __init__(self, config: SuperResolutionConfig, base: Transformer | None = None):
         super().__init__()
-        self.config = config
-        sizes = config.coglm.transformer
-        self.base = Transformer(sizes) if base is None else base
-        self.stream: Stream | None = None  # brings in layers from the disk; None: all are in memory
-        self.fine_position = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], sizes.d_model)
+        self.config, sizes = config, config.coglm.transformer
+        self.base, self.fine_position = two_levels(config, base)
+        self.walk: Walk = iter
         if config.own_layers:
             self.fine_layers = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layers))
         else:
             self.fine_attention = nn.ModuleList(Attention(sizes) for _ in range(sizes.n_layers))
-        if not self.fine_position.weight.is_meta:  # else what is trained comes from a file
+        if not self.fine_position.weight.is_meta:
             self.start_from_base()
 
     @torch.no_grad()
     def start_from_base(self) -> None:
-        """Begin as the base: copy its layers, or their attention weights alone, and its positions."""
-        table, config = self.base.position_embedding.weight, self.config
-        start = start_positions(table, config.coglm.layout, config.factor, config.fine_start)
-        self.fine_position.weight.copy_(start)
-        if config.own_layers:
+        """Begin as the base: copy its layers, or their attention weights alone."""
+        if self.config.own_layers:
             self.fine_layers.load_state_dict(self.base.layers.state_dict())
         else:
             for own, attention in zip(self.fine_attention, attentions(self.base.layers), strict=True):
@@ -254,26 +262,19 @@ class DirectSR(nn.Module):
         fine_layers = self.fine_layers if config.own_layers else None
         of_fine = cast(list[Attention], self.fine_attention) if fine_layers is None else attentions(fine_layers)
 
-        def attend(i: int, low: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+        def attention(i: int, low: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
             ours, own = of_low[i], of_fine[i]
             low_qkv, fine_qkv = split_heads(ours.qkv(low), ours.n_heads), split_heads(own.qkv(fine), own.n_heads)
             low, fine = direct_attention(low_qkv, fine_qkv, bias, config)
             return ours.out(low.flatten(2)), own.out(fine.flatten(2))
 
-        return run_levels(base, low, fine, attend, record, fine_layers, self.stream)
-
-    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """From now on read the layers from their file when their turn comes; see ``Stream``."""
-        own = self.fine_layers if self.config.own_layers else self.fine_attention
-        self.stream = Stream(list(zip(self.base.layers, own, strict=True)), device, dtype)
+        return run_levels(base, low, fine, attention, record, fine_layers, self.walk)
 
     def start_cells(self, coarse: Tensor, start: Tensor | None) -> Tensor:
         """What the fine tokens are before anything is known about them: (B, F) ids, as ``config.fine_start`` says."""
         config, n_cells = self.config, len(self.fine_position.weight)
         if config.fine_start == "tiled":
             return torch.full((len(coarse), n_cells), config.coglm.ids.boi)
-        if config.fine_start == "coarse":
-            return enlarge(coarse, config.coglm.layout.grid, config.factor)
         if start is None:
             raise MiniCogViewError("this model starts from the enlarged picture: give start=enlarged_codes(...)")
         check_codes(start, n_cells, config.coglm.n_codes, "start")

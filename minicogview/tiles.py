@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from minicogview.local_attention import Keys, Size
+from minicogview.attention import attend
+from minicogview.windows import Keys, Size
 
 TILE = (6, 6)  # queries; the best of nine that were measured on a CPU, in float32 and in bfloat16
 ONE_TILE_UP_TO = 256  # query tokens: on smaller grids halos overlap so much that one tile with all keys is faster
@@ -88,17 +87,13 @@ def make_tiling(
     return Tiling(*(table.to(device) for table in tables))
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's own attention: q (n, t, N, H), k, v (n, s, N, H), mask (1 or n, t, s), bias (n, s) -> (n, t, N, H)."""
+def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Ordinary attention: q (n, t, N, H), k, v (n, s, N, H), mask (1 or n, t, s), bias (n, s) -> (n, t, N, H)."""
     mask = mask[:, None]
     if bias is not None:
         mask = bias[:, None, None].to(q.dtype).masked_fill(~mask, float("-inf"))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():  # there, fusing the way back is slow
-        scores = (q * scale) @ k.transpose(-2, -1)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    q, k, v = (rearrange(x, "n t heads h -> n heads t h") for x in (q, k, v))
+    return rearrange(attend(q, k, v, mask, scale=scale), "n heads t h -> n t heads h")
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -114,7 +109,7 @@ def attend_tiles(q: Tensor, keys: Keys, tiling: Tiling, which: Tensor, scale: fl
     key_index = picture * keys.k.shape[1] + tiling.keys[tile]
     bias = None if keys.bias is None else keys.bias.flatten()[key_index]
     tile_k, tile_v = gather(keys.k, key_index), gather(keys.v, key_index)
-    return fused(gather(q, query_index), tile_k, tile_v, tiling.mask[tile], bias, scale)
+    return attend_all(gather(q, query_index), tile_k, tile_v, tiling.mask[tile], bias, scale)
 
 
 def in_chunks(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
@@ -150,7 +145,7 @@ def blocked(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> Te
     tiling = make_tiling(grid, keys.windows, keys.n_global, causal, tile, q.device)
     n_tiles, n_queries = tiling.queries.shape
     if n_tiles == 1:  # it holds everything, in order
-        return fused(q, keys.k, keys.v, tiling.mask, keys.bias, scale)
+        return attend_all(q, keys.k, keys.v, tiling.mask, keys.bias, scale)
     learning = any(x is not None and x.requires_grad for x in (q, keys.k, keys.v, keys.bias))
     run, limit = (in_groups, TRAINING_BYTES) if learning and torch.is_grad_enabled() else (in_chunks, CHUNK_BYTES)
     results = run(q, keys, tiling, scale, limit if q.device.type == "cpu" else GPU_FACTOR * limit)

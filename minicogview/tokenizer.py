@@ -27,20 +27,19 @@ from typing import TYPE_CHECKING, Literal
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from minicogview.config import SpecialIds
+from minicogview.config import PAD_PIECE, SpecialIds, special_ids
 from minicogview.errors import MiniCogViewError
+from minicogview.pictures import Picture, to_pil, to_tensor
 
 if TYPE_CHECKING:
     from minicogview.vqvae import VQVAE
 
 Language = Literal["en", "zh"]
-Picture = str | Path | Image.Image | Tensor
 
-UNK, EOS, PAD = 0, 2, 3  # piece numbers, in the original's model and in ours
+UNK, EOS = 0, 2  # piece numbers, in the original's model and in ours; <pad> has PAD_PIECE
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
 # The original's text model, known by its sizes, sorts its pieces by language: (K, P) -> first Chinese id.
 FIRST_CHINESE = {(20000, 130000): 83823}
@@ -106,29 +105,29 @@ class Tokenizer:
         return self.codebook_size + EOS
 
     @property
+    def special_ids(self) -> SpecialIds:
+        """The ids that CogLM needs to know: <pad> and the three start tokens."""
+        return special_ids(self.codebook_size, self.n_text)
+
+    @property
     def pad(self) -> int:
         """Id of <pad>, which fills up short texts."""
-        return self.codebook_size + PAD
+        return self.special_ids.pad
 
     @property
     def boi(self) -> int:
         """Id of <start_of_image>, the first token after the pieces."""
-        return self.codebook_size + self.n_text
+        return self.special_ids.boi
 
     @property
     def boe(self) -> int:
         """Id of <start_of_english>."""
-        return self.boi + 1
+        return self.special_ids.boe
 
     @property
     def boc(self) -> int:
         """Id of <start_of_chinese>."""
-        return self.boi + 2
-
-    @property
-    def special_ids(self) -> SpecialIds:
-        """The ids that CogLM needs to know."""
-        return SpecialIds(self.pad, self.boi, self.boe, self.boc)
+        return self.special_ids.boc
 
     @property
     def vocab_size(self) -> int:
@@ -250,62 +249,6 @@ class Tokenizer:
             raise MiniCogViewError(f"there is no level {level}: choose 0 (finest) to {n_levels - 1}")
         return self.vqvae, level
 
-
-# ---- pictures between files, PIL and tensors ----
-
-
-def to_tensor(picture: Picture) -> Tensor:
-    """A picture as float32 (3, H, W), 0..1, transparent parts on white.
-
-    Raises:
-        MiniCogViewError: if the file is missing or no picture, or a tensor is not (3, H, W).
-    """
-    if isinstance(picture, Tensor):
-        if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
-            raise MiniCogViewError(f"picture tensor has shape {tuple(picture.shape)}: give (3, H, W)")
-        return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
-    image = to_image(picture).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return rearrange(flat, "(h w c) -> c h w", h=image.height, w=image.width).float() / 255
-
-
-def to_image(picture: Picture) -> Image.Image:
-    """A file, a PIL image or a tensor (3, H, W) as an upright PIL image, RGB or RGBA; raises as ``to_tensor`` does."""
-    if isinstance(picture, Tensor):
-        return to_pil(to_tensor(picture))
-    return upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A picture as one sees it: turned as its EXIF data says, 8 bits, RGB, or RGBA where parts are transparent."""
-    if image.mode.startswith("I;16"):  # grey with 16 bits, which convert() would clip to white
-        image = image.point(lambda value: value / 256).convert("L")
-    return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def to_pil(pixels: Tensor) -> Image.Image:
-    """A picture tensor (3, H, W), 0..1 (values outside are clamped), as a PIL image."""
-    array = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(rearrange(array, "c h w -> h w c").contiguous().numpy())
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """Read a picture file whole, so that a damaged one is noticed here; too large ones are refused unread.
-
-    Raises:
-        MiniCogViewError: if the file is missing, no picture, damaged, or of more pixels than PIL takes.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise MiniCogViewError(f"picture {path} does not exist: check the path") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MiniCogViewError(f"picture {path} cannot be read ({error}): give a PNG or JPEG file") from None
-    return image
-
-
 def _whole_tokens(pixels: Tensor, size: int | tuple[int, int] | None, rate: int) -> tuple[int, int]:
     """The size to encode at: what was asked for, or the picture's own, rounded to multiples of ``rate``."""
     if size is None:
@@ -345,7 +288,7 @@ def load_text_model(model: str | Path | bytes) -> sentencepiece.SentencePiecePro
         loaded = bool(proto) and processor.LoadFromSerializedProto(proto)
     except RuntimeError:
         loaded = False
-    if not loaded or processor.get_piece_size() <= PAD:
+    if not loaded or processor.get_piece_size() <= PAD_PIECE:
         raise MiniCogViewError(
             f"text model {name} is damaged or no SentencePiece model: copy it again, or reinstall minicogview"
         )

@@ -10,47 +10,27 @@ Mirrors: SwissArmyTransformer 0.2.1, ``model/transformer.py`` with ``layernorm_o
 Shapes: ``B`` batch, ``T`` query tokens, ``S`` key tokens (cached ones included), ``D`` model width,
 ``N`` heads, ``H`` head size, ``V`` vocabulary rows.
 
-Different on purpose: the KV cache is written in place instead of concatenated anew at each token; a masked
-score becomes ``score - 10000`` instead of exactly ``-10000``. Only a fully masked row can tell, or scores that
-are themselves in the thousands; such scores get past either form of mask.
+Different on purpose: the KV cache is written in place instead of concatenated anew at each token. Not in the original:
+RMSNorm in place of LayerNorm (``norm_kind="rms"``), the first thing that later models changed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from minicogview.config import NormOrder, TransformerConfig
+from minicogview.attention import attend, attention_weights, weighted_values
+from minicogview.config import NormKind, NormOrder, TransformerConfig
 from minicogview.errors import MiniCogViewError
-from minicogview.scale.packing import Linear
-from minicogview.scale.streaming import Stream
 
-MLP_ROWS = 512  # tokens at a time on a CPU: what lies between an MLP's matrices then stays in the cache
-MASKED = -10000.0  # finite, so that even a row that may see nothing stays free of NaN
-
-
-def attention_bias(mask: Tensor, log_weights: Tensor | None = None) -> Tensor:
-    """Turn "who may look at whom" into numbers that are added to the attention scores.
-
-    Args:
-        mask: (..., T, S), 1 or True where the query row may look at the key column.
-        log_weights: (S,) or (..., T, S), added where looking is allowed: CogView2 puts 1.4 on the text
-            columns, which multiplies the text's share of attention by up to ``exp(1.4)``.
-
-    Returns:
-        (B, 1, T, S) float32; a two-dimensional mask gives B = 1.
-    """
-    allowed = mask.bool()
-    bias = torch.zeros(allowed.shape, device=mask.device)
-    if log_weights is not None:
-        bias = bias + log_weights
-    bias = bias.masked_fill(~allowed, MASKED)
-    return bias.reshape(-1, 1, *bias.shape[-2:])
+NORMS: dict[NormKind, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class KVCache:
@@ -77,15 +57,12 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, N, S, H)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
-        self.place: Tensor | None = None  # (1,), where the next token goes, if steps are to be fixed: ``scale/graphs.py``
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``k, v`` (B or 1, N, T, H) behind what is there; return all keys and values so far.
 
         A batch of one is shared by all rows: that is how one prompt serves many pictures.
         """
-        if self.place is not None:  # the same work whatever the place is: all places are returned
-            return self.k[layer].index_copy_(2, self.place, k), self.v[layer].index_copy_(2, self.place, v)
         end = self.length + k.shape[2]
         if end > self.k.shape[3]:
             raise MiniCogViewError(f"KV cache holds {self.k.shape[3]} tokens, {end} were given: allocate a longer one")
@@ -93,6 +70,10 @@ class KVCache:
         self.v[layer, :, :, self.length : end] = v
         rows = k.shape[0]
         return self.k[layer, :rows, :, :end], self.v[layer, :rows, :, :end]
+
+    def advance(self, n_tokens: int) -> None:
+        """So many tokens have gone through all layers: the next ones go behind them."""
+        self.length += n_tokens
 
 
 @dataclass
@@ -103,25 +84,6 @@ class Record:
     maps: list[Tensor] = field(default_factory=list)  # attention of each layer, (B, N, T, S)
 
 
-def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, pb_relax: float | None = None) -> Tensor:
-    """Softmax attention weights, written out.
-
-    PB-relax ("precision bottleneck relaxation") computes the same numbers from smaller ones: the scores are
-    divided by ``pb_relax``, their row maximum is subtracted, and only then are they multiplied back.
-
-    Args:
-        q: (B, N, T, H). k: (B, N, S, H). bias: (B, 1, T, S) or None.
-
-    Returns:
-        (B, N, T, S), rows sum to 1.
-    """
-    relax = pb_relax or 1.0
-    scores = (q / (math.sqrt(q.shape[-1]) * relax)) @ k.transpose(-1, -2)  # (B, N, T, S)
-    if bias is not None:
-        scores = scores + bias / relax
-    if pb_relax:
-        scores = (scores - scores.amax(-1, keepdim=True).detach()) * relax
-    return scores.softmax(-1)
 
 
 class Attention(nn.Module):
@@ -130,30 +92,22 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.n_heads, self.pb_relax = config.n_heads, config.pb_relax
-        self.qkv = Linear(config.d_model, 3 * config.d_model)
-        self.out = Linear(config.d_model, config.d_model)
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, layer: int, cache: KVCache | None, record: Record | None
     ) -> Tensor:
-        # "b t (three n h) -> three b n t h"; einops itself takes 5 % of the time of drawing, here and below
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = rearrange(self.qkv(x), "b t (three n h) -> three b n t h", three=3, n=self.n_heads)
         if cache is not None:
-            k, v = cache.update(layer, k, v)
-        on_cpu = x.device.type == "cpu"
-        alone = on_cpu and x.dtype == torch.bfloat16 and x.shape[1] == 1
-        if alone:  # fused bfloat16 took four times as long; written out it kept memory for every length that occurs
-            q, k, v = q.float(), k.float(), v.float()
-        # On a CPU the fused backward pass took three times as long as the plain one at the toy's sizes.
-        plain = record is not None or self.pb_relax is not None or alone or (on_cpu and x.requires_grad)
-        if not plain:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-        else:
+            k, v = cache.update(layer, k, v)  # (B, N, S, H)
+        if record is None:
+            y = attend(q, k, v, bias, self.pb_relax)
+        else:  # the weights are asked for, so they are written out
             weights = attention_weights(q, k, bias, self.pb_relax)
-            y = weights.to(v.dtype) @ v
-            if record is not None:
-                record.maps.append(weights)
-        return self.out(y.to(x.dtype).transpose(1, 2).flatten(2))  # "b n t h -> b t (n h)"
+            record.maps.append(weights)
+            y = weighted_values(weights, v)
+        return self.out(rearrange(y, "b n t h -> b t (n h)"))
 
 
 class MLP(nn.Module):
@@ -161,20 +115,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.up = Linear(config.d_model, 4 * config.d_model)
-        self.down = Linear(4 * config.d_model, config.d_model)
+        self.up = nn.Linear(config.d_model, 4 * config.d_model)
+        self.down = nn.Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.requires_grad or x.shape[1] <= MLP_ROWS:
-            return self._run(x)
-        return torch.cat([self._run(part) for part in x.split(MLP_ROWS, dim=1)], dim=1)
-
-    def _run(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 class Block(nn.Module):
@@ -185,17 +130,20 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        if config.norm not in get_args(NormOrder):
-            raise MiniCogViewError(f"unknown norm {config.norm!r}: choose one of {', '.join(get_args(NormOrder))}")
+        for name, chosen, known in (
+            ("norm", config.norm, get_args(NormOrder)),
+            ("norm_kind", config.norm_kind, get_args(NormKind)),
+        ):
+            if chosen not in known:
+                raise MiniCogViewError(f"unknown {name} {chosen!r}: choose one of {', '.join(known)}")
         self.norm_order = config.norm
         self.attention = Attention(config)
         self.mlp = MLP(config)
-        self.attention_norm = nn.LayerNorm(config.d_model)  # before the branch; after the sum in post-LN
-        self.mlp_norm = nn.LayerNorm(config.d_model)
+        self.attention_norm = make_norm(config)  # before the branch; after the sum in post-LN
+        self.mlp_norm = make_norm(config)
         if config.norm == "sandwich":
-            self.attention_out_norm = nn.LayerNorm(config.d_model)
-            self.mlp_out_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+            self.attention_out_norm = make_norm(config)
+            self.mlp_out_norm = make_norm(config)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, layer: int, cache: KVCache | None, record: Record | None
@@ -210,14 +158,18 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, branch: Tensor) -> Tensor:
         """Add what attention returned, then the MLP's branch: (B, T, D)."""
-        drop = self.dropout if self.training else _same  # calling a module costs time, also if it does nothing
         if self.norm_order == "post":
-            x = self.attention_norm(x + drop(branch))
-            return self.mlp_norm(x + drop(self.mlp(x)))
+            x = self.attention_norm(x + branch)
+            return self.mlp_norm(x + self.mlp(x))
         sandwich = self.norm_order == "sandwich"
-        x = x + drop(self.attention_out_norm(branch) if sandwich else branch)
+        x = x + (self.attention_out_norm(branch) if sandwich else branch)
         branch = self.mlp(self.mlp_norm(x))
-        return x + drop(self.mlp_out_norm(branch) if sandwich else branch)
+        return x + (self.mlp_out_norm(branch) if sandwich else branch)
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    """A norm over the model width: LayerNorm, or RMSNorm, which does not subtract the mean and has no bias."""
+    return NORMS[config.norm_kind](config.d_model, eps=1e-5)
 
 
 class Transformer(nn.Module):
@@ -234,11 +186,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.identity = ""  # tells these weights from others, where their file says so
-        self.stream: Stream | None = None  # brings in layers from the disk; None: all are in memory
+        self.walk: Callable[[Iterable[Any]], Iterable[Any]] = iter  # in which way the layers are visited
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_positions, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.d_model)
+        self.final_norm = make_norm(config)
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
@@ -273,22 +225,18 @@ class Transformer(nn.Module):
             (B, T, D) after the final norm.
         """
         x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, D)
-        for i, layer in enumerate(self.layers if self.stream is None else self.stream.walk(self.layers)):
+        for i, layer in enumerate(self.walk(self.layers)):
             x = layer(x, bias, i, cache, record)
             if record is not None:
                 record.hidden.append(x)
-        if cache is not None and cache.place is None:
-            cache.length += tokens.shape[1]
+        if cache is not None:
+            cache.advance(tokens.shape[1])
         return self.final_norm(x)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache for so many rows and tokens, on this model's device and in its number format."""
         table, n_heads = self.token_embedding.weight, cast(Block, self.layers[0]).attention.n_heads
         return KVCache(self.config, batch, max_len, table.device, table.dtype, n_heads)
-
-    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """From now on read the layers from their file when their turn comes; see ``Stream``."""
-        self.stream = Stream([[layer] for layer in self.layers], device, dtype)
 
     def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
         """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""

@@ -1,8 +1,9 @@
-"""Both super-resolution stages as one: coarse tokens in, nine times as many tokens out.
+"""Both super-resolution stages as one: coarse tokens in, nine times as many fine tokens out.
 
-The idea: the direct stage (``super_resolution.py``) drafts every fine token at once, the iterative one (``lopar.py``)
-guesses a part of them again, round after round. Here stand the two models together with what draws their tokens, so
-that generating, editing and judging all sharpen a picture in the same way. CogView2 (arXiv 2204.14217), section 3.3.
+The idea: the direct stage (``super_resolution.py``) chooses every fine token at once, the iterative stage
+(``lopar.py``) guesses a part of them again, round after round. This module holds the two models together with what
+chooses their tokens, so that generating, editing and evaluating all go through the same code. CogView2
+(arXiv 2204.14217), section 3.3.
 
 Mirrors: ``sr_pipeline/sr_group.py`` of the official code.
 
@@ -18,29 +19,28 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from minicogview.clusters import Clusters, cluster_codebook
 from minicogview.config import Preset, SamplingConfig
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
-from minicogview.sampling import Clusters, NearestToMean, Sampler, cluster_codebook
-from minicogview.scale.offload import Offload
+from minicogview.sampling import NearestToMean, Sampler
 from minicogview.super_resolution import CellSampler, DirectSR, enlarged_codes
 from minicogview.vqvae import VQVAE
 
 Texts = Sequence[Sequence[int]]
 Progress = Callable[[str, int, int], None]  # (stage, done, of how many)
-BATCH = 8  # pictures that are sharpened side by side, unless the plan for the memory says fewer
-MISSING = "these weights draw coarse pictures only: there is no direct.safetensors beside them"
+BATCH = 8  # pictures side by side, unless the plan for the memory says fewer
 
 
 @dataclass(eq=False)
-class Sharpener:
-    """Sharpens coarse pictures.
+class Upsampler:
+    """Super-resolution of coarse pictures.
 
     Attributes:
         vqvae, preset: the tokenizer's picture half, and the settings of both stages' samplers.
-        direct: the first of the two stages. iterative: the second; None: drafts stay as they are.
+        direct: the first of the two models. iterative: the second; None: the direct stage is the last one.
         schedule: which tokens are guessed again in which round.
         labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
-        offload: brings in the weights of the stage at work; None: all are in memory.
+        need: called with the name of a stage before it works, to bring in its weights; None: all are in memory.
         batch: pictures side by side at most; None: BATCH.
     """
 
@@ -50,7 +50,7 @@ class Sharpener:
     iterative: IterativeSR | None = None
     schedule: Schedule = OFFICIAL
     labels: Tensor | None = None
-    offload: Offload | None = None
+    need: Callable[[str], object] | None = None
     batch: int | None = None
 
     @cached_property
@@ -80,7 +80,7 @@ class Sharpener:
             return NearestToMean(self.vqvae.quantizer.codebook, settings.temperature)
         return Sampler(seeds, settings, clusters, self.grid**2)
 
-    def draft(self, texts: Texts, coarse: Tensor, seeds: Sequence[int]) -> Tensor:
+    def run_direct(self, texts: Texts, coarse: Tensor, seeds: Sequence[int]) -> Tensor:
         """The direct stage: fine codes (B, F) for coarse codes (B, n); picture i follows from its own seed."""
         sampler = self.sampler(seeds, self.preset.direct_sampling, self.clusters)
         start = None
@@ -88,16 +88,16 @@ class Sharpener:
             start = enlarged_codes(self.vqvae, coarse, self.direct.config, self.preset.level)
         return self.direct.upsample(texts, coarse, sampler, start)
 
-    def refine(
+    def run_iterative(
         self, texts: Texts, fine: Tensor, seeds: Sequence[int], region: Tensor | None = None
     ) -> list[Tensor]:
         """The iterative stage: fine codes (B, F) after each round; only those in ``region`` (rows, columns) change."""
-        assert self.iterative is not None, "a Sharpener without an iterative model only drafts"
+        assert self.iterative is not None, "an Upsampler without an iterative model has one stage only"
         samplers = []
         for number, top_k in enumerate(self.schedule.top_k, 1):
             settings = SamplingConfig(temperature=self.preset.iterative_temperature, top_k=top_k)
             samplers.append(self.sampler([seed + (number << 40) for seed in seeds], settings))
-        return self.iterative.refine(texts, fine, samplers, self.schedule, region)
+        return self.iterative.resample(texts, fine, samplers, self.schedule, region)
 
     def run(
         self,
@@ -118,26 +118,23 @@ class Sharpener:
         """
         region = None if keep is None else keep[1]
 
-        def in_batches(name: str, work: Callable[[slice], Tensor]) -> Tensor:
+        def in_batches(stage: str, work: Callable[[slice], Tensor]) -> Tensor:
+            if self.need is not None:
+                self.need(stage)
             parts, batch = [], self.batch or BATCH
             for i in range(0, len(coarse), batch):
                 parts.append(work(slice(i, i + batch)).cpu())
                 if on_step:
-                    on_step(name, min(i + batch, len(coarse)), len(coarse))
+                    on_step(stage, min(i + batch, len(coarse)), len(coarse))
             return torch.cat(parts)
 
-        self._need("direct")
-        drafts = in_batches("sharpening", lambda some: self.draft(texts[some], coarse[some], seeds[some]))
+        fine = in_batches("direct", lambda some: self.run_direct(texts[some], coarse[some], seeds[some]))
         if keep is not None:
-            drafts = torch.where(keep[1].flatten(), drafts, keep[0])
+            fine = torch.where(keep[1].flatten(), fine, keep[0])
         if stages == 2:
-            return [drafts]
-        self._need("iterative")
-        return [
-            drafts,
-            in_batches("refining", lambda some: self.refine(texts[some], drafts[some], seeds[some], region)[-1]),
-        ]
+            return [fine]
 
-    def _need(self, stage: str) -> None:
-        if self.offload is not None:
-            self.offload.need(stage)
+        def iterative(some: slice) -> Tensor:
+            return self.run_iterative(texts[some], fine[some], seeds[some], region)[-1]
+
+        return [fine, in_batches("iterative", iterative)]

@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Pictures
+from minicogview.pictures import Picture, Pictures, to_image
 from minicogview.pipeline import CogView2
-from minicogview.tokenizer import Picture, to_image
 
 
 def random_region(grid: int, share: float, seed: int) -> Tensor:
@@ -53,8 +52,8 @@ def vary(
     ]
     images = [one.images[0] for one in drawn]
     tokens, scores = (torch.cat([getattr(one, name) for one in drawn]) for name in ("tokens", "scores"))
-    together = Pictures(images, tokens, scores, text, [seed + i for i in range(n)], coarse=images)
-    return model.sharpen(together, stages)
+    together = Pictures(images, tokens, scores, text, [seed + i for i in range(n)], coglm=images)
+    return model.upsample(together, stages)
 
 
 def outpaint(

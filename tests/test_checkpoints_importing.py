@@ -35,7 +35,7 @@ ITERATIONS = {"coglm": "20000", "direct": "3000", "iterative": "4000"}
 
 def write_release(folder: Path, models: dict[str, nn.Module], n_ranks: int = 1) -> None:
     """What the authors would have uploaded, of the tiny size."""
-    sizes = TINY.transformer
+    sizes = TINY.coglm.transformer
     for kind, model in models.items():
         place = folder / MODELS[kind] / ITERATIONS[kind]
         place.mkdir(parents=True)
@@ -110,7 +110,8 @@ def test_the_golden_release_comes_through_to_the_bit(tmp_path: Path) -> None:
             vocab_size=said["vocab_size"], max_positions=said["max_sequence_length"],
         )  # fmt: skip
         vqvae = dataclasses.replace(RELEASED.vqvae, codebook_size=said["vocab_size"] - 3)
-        preset = dataclasses.replace(RELEASED, transformer=transformer, vqvae=vqvae, n_text_pieces=0)
+        coglm = dataclasses.replace(RELEASED.coglm, transformer=transformer, n_codes=vqvae.codebook_size)
+        preset = dataclasses.replace(RELEASED, vqvae=vqvae, n_text_pieces=0).with_coglm(coglm)
         (tmp_path / kind).mkdir()
         shutil.copytree(GOLDEN / place, tmp_path / kind / MODELS[kind])
         import_released(tmp_path / kind, tmp_path / kind / "out", preset)
@@ -190,7 +191,7 @@ def test_the_whole_system_loads_and_draws(release: Path, tmp_path: Path) -> None
         CogView2.from_pretrained(target, TINY, offload=offload).generate("a red apple", n=1, seed=1)
         for offload in (False, True)
     ]
-    assert pictures[0].refined and torch.equal(pictures[0].fine_tokens, pictures[1].fine_tokens)
+    assert pictures[0].iterative and torch.equal(pictures[0].fine_tokens, pictures[1].fine_tokens)
     assert np.array_equal(np.load(target / "cluster_label.npy"), labels)
 
 
@@ -261,7 +262,7 @@ def test_wrong_folders_and_a_full_disk(release: Path, tmp_path: Path, monkeypatc
         import_released(tmp_path, tmp_path / "out", TINY)
     with pytest.raises(MiniCogViewError, match=r"coglm has n_layers 2, the preset cogview2 48: it is another model"):
         import_released(release, tmp_path / "out", RELEASED)
-    other = dataclasses.replace(TINY, fine_factor=2)
+    other = dataclasses.replace(TINY, direct=dataclasses.replace(TINY.direct, factor=2))
     with pytest.raises(MiniCogViewError, match=r"cogview2-dsr is not the direct .* another shape: mixins\.extra"):
         import_released(release, tmp_path / "out", other)
     usage = type("Usage", (), {"free": 1000})
@@ -290,14 +291,14 @@ def test_the_doctor_says_what_is_there_and_what_is_missing(release: Path, tmp_pa
     assert "ice_image.pt is missing: without it tokens cannot be shown" in said
     assert f"next: minicogview import {release} FOLDER" in said
     (release / "cogview2-itersr" / "latest").unlink()
-    assert re.search(r"LoPAR +UNUSABLE: .*latest is missing", "\n".join(doctor(release, TINY)))
+    assert re.search(r"iterative super-resolution +UNUSABLE: .*latest is missing", "\n".join(doctor(release, TINY)))
 
     shutil.rmtree(release / "cogview2-itersr")
     import_released(release, tmp_path / "out", TINY, limit=2_000)
     lines = doctor(tmp_path / "out", TINY, verify=True)
     said = "\n".join(lines)
     assert re.search(r"stage one \(CogLM\) +0\.0 GB in \d+ files, checksums are right", said)
-    assert "iterative.safetensors is missing: without it pictures stay drafts" in said
+    assert "iterative.safetensors is missing: without it pictures stay as the direct stage made them" in said
     assert re.search(r"--memory 6GB +all weights in memory.*a picture takes at best 0 s to draw", said)
     file = sorted((tmp_path / "out").glob("direct-*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-1] + b"x")

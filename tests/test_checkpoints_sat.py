@@ -165,7 +165,7 @@ def test_a_file_cannot_run_code(where: str, tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(attack))  # the trap itself works
     assert trap.exists()
     other = make_sat(tmp_path / "other", {"transformer.x": torch.ones(2)}, extra=Stranger())
-    with pytest.raises(MiniCogViewError, match=r"holds test_sat\.Stranger, which is not a tensor"):
+    with pytest.raises(MiniCogViewError, match=r"holds test_checkpoints_sat\.Stranger, which is not a tensor"):
         SatFolder(other)
 
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from minicogview import masking
+from minicogview.attention import attention_bias
 from minicogview.coglm import Batch, CogLM, collate
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.sampling import Sampler
-from minicogview.transformer import attention_bias
 
 LAYOUT = LayoutConfig(max_text=8, grid=4, n_patches=2, patch_size=2)
 IDS = SpecialIds(pad=33, boi=60, boe=61, boc=62)
@@ -94,7 +94,7 @@ def test_caption_scores_equal_a_plain_forward_pass(model: CogLM) -> None:
     for text, score in zip(texts, scores, strict=True):
         sample = masking.caption_scoring(picture, torch.tensor(text), IDS.boe, LAYOUT)
         batch = collate([sample])
-        assert torch.allclose(-model.loss(batch), score, atol=1e-5)
+        assert torch.allclose(-model(batch), score, atol=1e-5)
     paired = model.score_captions(torch.stack([picture, picture]), texts, IDS.boe)
     assert torch.allclose(paired, scores, atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_captions_are_text_and_end(model: CogLM) -> None:
 def test_spread_targets_reduce_to_the_plain_loss_over_codes(model: CogLM) -> None:
     raw = torch.tensor([*TEXT, IDS.pad, *range(16)])
     batch = collate([masking.text_to_image(raw, IDS, LAYOUT)])
-    exact = model.loss(batch, torch.eye(30))
+    exact = model(batch, torch.eye(30))
     hidden = model.transformer(batch.tokens, batch.positions, attention_bias(batch.mask))
     logits = model.transformer.logits(hidden[batch.loss_mask], 30)
     assert torch.allclose(exact, F.cross_entropy(logits, batch.labels[batch.loss_mask]), atol=1e-5)
@@ -124,12 +124,12 @@ def test_errors_name_the_limit(model: CogLM) -> None:
 def test_the_small_preset_takes_a_training_step() -> None:
     preset = get_preset("small")
     model = CogLM(preset.coglm)
-    ids, n = preset.ids, preset.layout.n_image
+    ids, n = preset.coglm.ids, preset.coglm.layout.n_image
     raw = torch.cat([torch.arange(20) + preset.vqvae.codebook_size + 100, torch.full((4,), ids.pad), torch.arange(n)])
-    batch: Batch = collate([masking.text_to_image(raw, ids, preset.layout)])
+    batch: Batch = collate([masking.text_to_image(raw, ids, preset.coglm.layout)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    first = model.loss(batch)
+    first = model(batch)
     first.backward()
     optimizer.step()
     with torch.no_grad():
-        assert model.loss(batch) < first
+        assert model(batch) < first

@@ -28,17 +28,17 @@ def test_configurations_come_back_from_json(preset) -> None:
 
 def test_sizes_of_the_released_model() -> None:
     preset = get_preset("cogview2")
-    assert preset.ids == SpecialIds(pad=20003, boi=150000, boe=150001, boc=150002)
+    assert preset.coglm.ids == SpecialIds(pad=20003, boi=150000, boe=150001, boc=150002)
     assert preset.vqvae.rates == (4, 8, 16)
     assert (preset.coarse_pixels, preset.fine_pixels) == (160, 480)
-    assert preset.layout.max_text + preset.layout.n_image < preset.transformer.max_positions
+    assert preset.coglm.layout.max_text + preset.coglm.layout.n_image < preset.coglm.transformer.max_positions
 
 
 def test_the_toy_fits_its_tokenizer() -> None:
     preset = get_preset("toy")
     tokenizer = Tokenizer(TOY_WEIGHTS / "text.model", preset.vqvae.codebook_size)
-    assert tokenizer.special_ids == preset.ids
-    assert tokenizer.vocab_size == preset.transformer.vocab_size
+    assert tokenizer.special_ids == preset.coglm.ids
+    assert tokenizer.vocab_size == preset.coglm.transformer.vocab_size
     assert (preset.coarse_pixels, preset.fine_pixels) == (32, 96)
 
 

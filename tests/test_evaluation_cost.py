@@ -19,9 +19,9 @@ from minicogview.vqvae import VQVAE
 def test_parameters_are_those_of_the_real_models() -> None:
     numbers, coglm, vqvae = costs(TINY), CogLM(TINY.coglm), VQVAE(TINY.vqvae)
     n_coglm = sum(p.numel() for p in coglm.parameters())
-    assert numbers["stages"]["draw"]["parameters"] == n_coglm
+    assert numbers["stages"]["coglm"]["parameters"] == n_coglm
     stages = numbers["stages"]
-    sharpening = stages["direct"]["parameters"] + stages["refine"]["parameters"]
+    sharpening = stages["direct"]["parameters"] + stages["iterative"]["parameters"]
     assert sharpening == sum(
         p.numel()
         for module in (DirectSR(TINY.direct).fine_attention, IterativeSR(TINY.iterative))
@@ -40,13 +40,13 @@ def test_drawing_costs_what_its_steps_cost(monkeypatch: pytest.MonkeyPatch) -> N
         model.generate([[70, 71, 72]], sampler)
     fused = counter.get_flop_counts()["Global"]
     matrices = sum(n for op, n in fused.items() if "addmm" in str(op) or op is torch.ops.aten.mm)
-    attention = 4 * TINY.transformer.n_layers * TINY.transformer.d_model * (4 * 4 + sum(range(5, 13)))
+    attention = 4 * TINY.coglm.transformer.n_layers * TINY.coglm.transformer.d_model * (4 * 4 + sum(range(5, 13)))
     assert draw_flops(TINY.coglm, 3) == matrices + attention
 
 
 def test_six_billion_parameters() -> None:
     numbers = costs(get_preset("cogview2"), text_tokens=20)
-    draw = numbers["stages"]["draw"]
+    draw = numbers["stages"]["coglm"]
     assert 5.8e9 < draw["parameters"] < 6.1e9
     rows = 20 + 1 + 399  # every token that runs through the layers
     layers = draw["parameters"] - (150003 + 1024) * 3072

@@ -51,7 +51,7 @@ def test_sharpened_pictures_are_still_what_was_asked(judge: Judge, monkeypatch: 
 
 def test_sharpening_beats_bicubic_enlargement(judge: Judge) -> None:
     for split in ("train", "tokenizer_heldout"):
-        numbers = sharpness(judge.sharpener, judge.tokenizer, split, "en", limit=16)
+        numbers = sharpness(judge.upsampler, judge.tokenizer, split, "en", limit=16)
         assert numbers["n"] == 16 and numbers["psnr_direct"] > numbers["psnr_bicubic"], split
 
 

@@ -17,7 +17,8 @@ from test_local_attention import CASES, Case, call, gradients, inputs
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.local_attention import Coarse, Global, choose_impl, local_attention, why_no_triton
+from minicogview.local_attention import choose_impl, local_attention, why_no_triton
+from minicogview.windows import Coarse, Global
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,17 +13,9 @@ from torch import Tensor
 
 from minicogview import tiles
 from minicogview.errors import MiniCogViewError
-from minicogview.local_attention import (
-    Coarse,
-    Global,
-    Size,
-    choose_impl,
-    collect_keys,
-    local_attention,
-    window_cells,
-    window_mask,
-)
+from minicogview.local_attention import choose_impl, local_attention
 from minicogview.tiles import make_tiling
+from minicogview.windows import Coarse, Global, Size, collect_keys, window_cells, window_mask
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_impossible_schedules_are_refused(wrong: dict) -> None:
 
 def test_a_round_changes_masked_cells_alone(model: IterativeSR) -> None:
     before = fine_codes()
-    for r, after in enumerate(model.refine(TEXTS, before, samplers(OFFICIAL)), 1):
+    for r, after in enumerate(model.resample(TEXTS, before, samplers(OFFICIAL)), 1):
         kept = ~OFFICIAL.masked(r, GRID).flatten()
         assert torch.equal(after[:, kept], before[:, kept])
         assert (after != before).any() and after.max() < CODES
@@ -84,20 +84,20 @@ def test_a_round_changes_masked_cells_alone(model: IterativeSR) -> None:
 def test_cells_outside_of_the_region_stay(model: IterativeSR) -> None:
     region = torch.zeros(GRID, dtype=torch.bool)
     region[3:8, 2:6] = True
-    *_, last = model.refine(TEXTS, fine_codes(), samplers(OFFICIAL), region=region)
+    *_, last = model.resample(TEXTS, fine_codes(), samplers(OFFICIAL), region=region)
     changed = (last != fine_codes()).any(0).reshape(GRID)
     assert changed.any() and not changed[~region].any()
 
 
 def test_an_empty_region_changes_nothing(model: IterativeSR) -> None:
-    rounds = model.refine(TEXTS, fine_codes(), samplers(OFFICIAL), region=torch.zeros(GRID))
+    rounds = model.resample(TEXTS, fine_codes(), samplers(OFFICIAL), region=torch.zeros(GRID))
     assert len(rounds) == 6 and torch.equal(rounds[-1], fine_codes())
 
 
 def test_a_seed_gives_the_same_codes_whatever_stands_beside_it(model: IterativeSR) -> None:
-    *_, both = model.refine(TEXTS, fine_codes(), samplers(OFFICIAL))
+    *_, both = model.resample(TEXTS, fine_codes(), samplers(OFFICIAL))
     alone = [Sampler([1 + 100 * r], n_steps=144) for r in range(6)]
-    *_, second = model.refine(TEXTS[1:], fine_codes()[1:], alone)
+    *_, second = model.resample(TEXTS[1:], fine_codes()[1:], alone)
     assert torch.equal(both[1:], second)
 
 
@@ -117,11 +117,11 @@ def test_only_the_first_words_are_read(model: IterativeSR) -> None:
 
 def test_wrong_input_is_refused(model: IterativeSR) -> None:
     with pytest.raises(MiniCogViewError, match="fine codes of shape"):
-        model.refine(TEXTS, fine_codes()[:, :100], samplers(OFFICIAL))
+        model.resample(TEXTS, fine_codes()[:, :100], samplers(OFFICIAL))
     with pytest.raises(MiniCogViewError, match="2 samplers for 6 rounds"):
-        model.refine(TEXTS, fine_codes(), samplers(OFFICIAL)[:2])
+        model.resample(TEXTS, fine_codes(), samplers(OFFICIAL)[:2])
     with pytest.raises(MiniCogViewError, match=r"region of shape \(4, 4\): expected \(12, 12\)"):
-        model.refine(TEXTS, fine_codes(), samplers(OFFICIAL), region=torch.ones(4, 4))
+        model.resample(TEXTS, fine_codes(), samplers(OFFICIAL), region=torch.ones(4, 4))
 
 
 def test_the_direct_stages_attention_can_be_taken_over(model: IterativeSR) -> None:

@@ -14,7 +14,7 @@ from test_super_resolution import CODES, TEXTS, tiny_config
 
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
-from minicogview.maskgit import cosine_counts, guess, least_sure, refine_by_confidence
+from minicogview.maskgit import cosine_counts, guess, least_sure, resample_by_confidence
 from minicogview.sampling import Sampler
 
 ROUNDS = 5
@@ -50,7 +50,7 @@ def test_counts_fall_along_the_cosine(n_cells: int, n_rounds: int) -> None:
 
 def test_every_round_masks_as_many_as_the_cosine_says(model: IterativeSR) -> None:
     masks: list[torch.Tensor] = []
-    rounds = refine_by_confidence(model, TEXTS, fine_codes(), samplers(), masks=masks)
+    rounds = resample_by_confidence(model, TEXTS, fine_codes(), samplers(), masks=masks)
     assert len(rounds) == len(masks) == ROUNDS
     for mask, count in zip(masks, cosine_counts(144, ROUNDS), strict=True):
         assert mask.sum(1).tolist() == [count, count]
@@ -65,19 +65,19 @@ def test_every_round_masks_as_many_as_the_cosine_says(model: IterativeSR) -> Non
 
 
 def test_nothing_is_left_of_the_draft(model: IterativeSR) -> None:
-    *_, one = refine_by_confidence(model, TEXTS, fine_codes(), samplers())
-    *_, other = refine_by_confidence(model, TEXTS, (fine_codes() + 1) % CODES, samplers())
+    *_, one = resample_by_confidence(model, TEXTS, fine_codes(), samplers())
+    *_, other = resample_by_confidence(model, TEXTS, (fine_codes() + 1) % CODES, samplers())
     assert torch.equal(one, other)
     told = make(fine_start="enlarged")
-    *_, one = refine_by_confidence(told, TEXTS, fine_codes(), samplers())
-    *_, other = refine_by_confidence(told, TEXTS, (fine_codes() + 1) % CODES, samplers())
+    *_, one = resample_by_confidence(told, TEXTS, fine_codes(), samplers())
+    *_, other = resample_by_confidence(told, TEXTS, (fine_codes() + 1) % CODES, samplers())
     assert not torch.equal(one, other)
 
 
 @torch.no_grad()
 def test_the_least_likely_guesses_are_made_again(model: IterativeSR) -> None:
     masks: list[torch.Tensor] = []
-    first, *_ = refine_by_confidence(model, TEXTS, fine_codes(), samplers(), masks=masks)
+    first, *_ = resample_by_confidence(model, TEXTS, fine_codes(), samplers(), masks=masks)
     _, hidden = model(TEXTS, torch.full((2, 144), model.config.coglm.ids.boi))
     probability = model.base.logits(hidden, CODES).softmax(-1).gather(2, first[:, :, None])[:, :, 0]
     for row in range(2):
@@ -106,20 +106,20 @@ def test_least_sure_cells_are_masked_ones() -> None:
 def test_cells_outside_of_the_region_stay(model: IterativeSR) -> None:
     region, masks = torch.zeros(GRID, dtype=torch.bool), []
     region[3:8, 2:6] = True
-    *_, last = refine_by_confidence(
+    *_, last = resample_by_confidence(
         model, TEXTS, fine_codes(), samplers(), region=region, choice_temperature=4.5, masks=masks
     )
     changed = (last != fine_codes()).any(0).reshape(GRID)
     assert changed.any() and not changed[~region].any()
     assert [int(mask[0].sum()) for mask in masks] == cosine_counts(20, ROUNDS)
-    rounds = refine_by_confidence(model, TEXTS, fine_codes(), samplers(), region=torch.zeros(GRID))
+    rounds = resample_by_confidence(model, TEXTS, fine_codes(), samplers(), region=torch.zeros(GRID))
     assert len(rounds) == ROUNDS and torch.equal(rounds[-1], fine_codes())
 
 
 def test_seeds_repeat_whatever_stands_beside_them(model: IterativeSR) -> None:
     def run(rows: slice, seeds: list[int], temperature: float = 4.5) -> torch.Tensor:
         own = samplers((0, 1)[rows])
-        return refine_by_confidence(
+        return resample_by_confidence(
             model, TEXTS[rows], fine_codes()[rows], own, choice_temperature=temperature, seeds=seeds
         )[-1]
 
@@ -132,12 +132,12 @@ def test_seeds_repeat_whatever_stands_beside_them(model: IterativeSR) -> None:
 
 def test_wrong_input_is_refused(model: IterativeSR) -> None:
     with pytest.raises(MiniCogViewError, match="fine codes of shape"):
-        refine_by_confidence(model, TEXTS, fine_codes()[:, :100], samplers())
+        resample_by_confidence(model, TEXTS, fine_codes()[:, :100], samplers())
     with pytest.raises(MiniCogViewError, match="0 samplers"):
-        refine_by_confidence(model, TEXTS, fine_codes(), [])
+        resample_by_confidence(model, TEXTS, fine_codes(), [])
     with pytest.raises(MiniCogViewError, match="temperature"):
-        refine_by_confidence(model, TEXTS, fine_codes(), samplers(), choice_temperature=-1.0)
+        resample_by_confidence(model, TEXTS, fine_codes(), samplers(), choice_temperature=-1.0)
     with pytest.raises(MiniCogViewError, match="3 seeds for 2 pictures"):
-        refine_by_confidence(model, TEXTS, fine_codes(), samplers(), seeds=[1, 2, 3])
+        resample_by_confidence(model, TEXTS, fine_codes(), samplers(), seeds=[1, 2, 3])
     with pytest.raises(MiniCogViewError, match=r"region of shape \(4, 4\): expected \(12, 12\)"):
-        refine_by_confidence(model, TEXTS, fine_codes(), samplers(), region=torch.ones(4, 4))
+        resample_by_confidence(model, TEXTS, fine_codes(), samplers(), region=torch.ones(4, 4))

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minicogview import masking
+from minicogview.attention import attention_bias
 from minicogview.coglm import collate
 from minicogview.config import LayoutConfig, SpecialIds, TransformerConfig, get_preset
 from minicogview.masking import Sample
-from minicogview.transformer import Transformer, attention_bias
+from minicogview.transformer import Transformer
 
 TOY = get_preset("toy")
 SMALL = LayoutConfig(max_text=10, grid=4, n_patches=2, patch_size=2)
@@ -194,7 +195,7 @@ def test_caption_scoring_is_captioning_in_another_order() -> None:
     assert torch.equal(trained.loss_mask[order], scored.loss_mask)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS.values(), get_preset("cogview2").layout])
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), get_preset("cogview2").coglm.layout])
 @pytest.mark.parametrize("whole_grid", [False, True])
 def test_patches_are_distinct_and_cover_what_they_may(layout: LayoutConfig, whole_grid: bool) -> None:
     generator = torch.Generator().manual_seed(0)

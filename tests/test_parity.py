@@ -25,8 +25,10 @@ from torch import Tensor
 
 import minicogview
 from minicogview import editing, masking, sampling
+from minicogview.attention import MASKED, attention_bias, text_attention_weights
 from minicogview.checkpoints import files as checkpoint
 from minicogview.checkpoints import sat
+from minicogview.clusters import Clusters
 from minicogview.coglm import Batch, CogLM
 from minicogview.config import (
     CogLMConfig,
@@ -36,18 +38,9 @@ from minicogview.config import (
     TransformerConfig,
     get_preset,
 )
-from minicogview.local_attention import (
-    Coarse,
-    Global,
-    Impl,
-    dot_products,
-    local_attention,
-    shared_by_group,
-    window_cells,
-)
+from minicogview.local_attention import Impl, dot_products, local_attention
 from minicogview.lopar import OFFICIAL, IterativeSR, lopar_attention
 from minicogview.masking import Sample
-from minicogview.sampling import Clusters
 from minicogview.super_resolution import (
     CellSampler,
     DirectSR,
@@ -57,8 +50,9 @@ from minicogview.super_resolution import (
     text_slots,
 )
 from minicogview.tokenizer import FIRST_CHINESE, Tokenizer
-from minicogview.transformer import MASKED, KVCache, Record, attention_bias
+from minicogview.transformer import KVCache, Record
 from minicogview.vqvae import VQVAE, from_official, from_official_name, official_config
+from minicogview.windows import Coarse, Global, shared_by_group, window_cells
 
 GOLDEN = Path(os.environ.get("MINICOGVIEW_GOLDEN", Path(__file__).parent / "golden"))
 ATOL = 1e-4
@@ -303,7 +297,7 @@ def prompt_bias(coglm: CogLM) -> tuple[dict[str, Tensor], Tensor]:
     positions, mask = masking.inference(config["txt"], length, coglm.config.layout)
     assert torch.equal(positions, g["position_ids"][0])
     assert torch.equal(mask, unpacked(g["attention_mask_packed"], length)[0, 0])
-    weights = sampling.text_attention_weights(config["txt"], length, config["attn_plus"])
+    weights = text_attention_weights(config["txt"], length, config["attn_plus"])
     close(weights, g["log_attention_weights_row"], atol=1e-6)
     return g, attention_bias(mask, g["log_attention_weights_row"])
 
@@ -406,7 +400,7 @@ def test_coglm_completion_layout(coglm: CogLM) -> None:
     assert torch.equal(sample.tokens, g["seq"])
     assert torch.equal(sample.positions, g["position_ids"][0])
     assert torch.equal(sample.mask, g["attention_mask"][0, 0].bool())
-    weights = sampling.text_attention_weights(len(g["text_tokens"]), len(sample.tokens), config["attn_plus"])
+    weights = text_attention_weights(len(g["text_tokens"]), len(sample.tokens), config["attn_plus"])
     close(weights, g["log_attention_weights_row"], atol=1e-6)
 
 
@@ -492,7 +486,7 @@ def test_coglm_training_step() -> None:
     with torch.no_grad():
         hidden = model.transformer(batch.tokens, batch.positions, attention_bias(batch.mask))
         close(model.transformer.logits(hidden)[:, ::16], g["logits_every_16"])  # every 16th row
-    loss = model.loss(batch)
+    loss = model(batch)
     close(loss, g["loss"])
     loss.backward()
     expected, row_norms = gradients(g, "grad."), gradients(g, "gradnorm_per_row.")
@@ -536,7 +530,7 @@ def fields(sample: Sample) -> dict[str, Tensor]:
 def masks_layout(cases: dict[str, Any], arrays: dict[str, np.ndarray]) -> LayoutConfig:
     """Sizes of the pretraining samples, read off the cases: picture, start position, patches."""
     drawn = next(name for name, case in cases.items() if case["task"] == "text_image_generation")
-    boi = int(np.flatnonzero(arrays[f"{drawn}/token"] == RELEASED.ids.boi)[0])
+    boi = int(np.flatnonzero(arrays[f"{drawn}/token"] == RELEASED.coglm.ids.boi)[0])
     grid = math.isqrt(len(arrays[f"{drawn}/token"]) - boi - 1)
     patched = next(case for case in cases.values() if case["task"] == "image_text_understanding")
     pairs = zip(patched["patch_corner_codes"], patched["patch_rows_cols"], strict=True)
@@ -557,12 +551,12 @@ def released_language_token(text: Tensor) -> int:
     sizes = RELEASED.vqvae.codebook_size, RELEASED.n_text_pieces
     path = Path(minicogview.__file__).parent / "weights/toy/text.model"
     tokenizer = Tokenizer(path, sizes[0], first_chinese=FIRST_CHINESE[sizes])
-    return RELEASED.ids.boe if tokenizer.language(text) == "en" else RELEASED.ids.boc
+    return RELEASED.coglm.ids.boe if tokenizer.language(text) == "en" else RELEASED.coglm.ids.boc
 
 
 def made_by_us(case: dict[str, Any], raw: Tensor, layout: LayoutConfig) -> Sample:
     """The sample that ``masking`` makes of a raw sequence, given the recorded random decisions."""
-    ids = RELEASED.ids
+    ids = RELEASED.coglm.ids
     if case["task"] == "text_image_generation":
         return masking.text_to_image(raw, ids, layout, case.get("second_text_selected", False))
     if case["task"] == "image_text_understanding":
@@ -891,7 +885,7 @@ def test_sr_lopar_rounds(iterative: IterativeSR, file: str) -> None:
     samplers += [lambda logits, cells: logits[..., :n_codes].argmax(-1)] * (OFFICIAL.n_rounds - n_known)
     region = g.get("input_mask")
     assert (region is not None) == (file == "lopar_region")
-    rounds = iterative.refine(g["text_tokens"].tolist(), g["high_res_in"].long(), samplers, OFFICIAL, region)
+    rounds = iterative.resample(g["text_tokens"].tolist(), g["high_res_in"].long(), samplers, OFFICIAL, region)
     for ours, expected in zip(rounds, g["outputs"].long(), strict=False):
         assert torch.equal(ours, expected)
     differing = (rounds[-1] != g["result"].long()).float().mean()

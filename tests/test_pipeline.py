@@ -18,12 +18,12 @@ from tiny import TINY, write_tiny
 
 import minicogview
 from minicogview import masking, pipeline
+from minicogview.attention import attention_bias
 from minicogview.checkpoints.files import save_model
 from minicogview.config import PRESETS
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import contact_sheet, enlarge, save
 from minicogview.pipeline import CogView2
-from minicogview.transformer import attention_bias
 from minicogview.vqvae import VQVAE
 
 
@@ -77,7 +77,7 @@ def test_same_seed_same_picture_whatever_n(model: CogView2, monkeypatch: pytest.
     steps: list[tuple[str, int, int]] = []
     split = model.generate("红苹果", n=4, seed=10, on_step=lambda *step: steps.append(step))
     assert torch.equal(four.tokens, split.tokens)
-    assert steps == [("drawing", done, 2 * 9) for done in range(1, 2 * 9 + 1)]
+    assert steps == [("coglm", done, 2 * 9) for done in range(1, 2 * 9 + 1)]
 
 
 def test_text_decides_the_picture_and_blanks_do_not(model: CogView2) -> None:
@@ -91,7 +91,7 @@ def test_scores_are_the_plain_models_mean_log_probability(model: CogView2) -> No
     ids, coglm = model.encode("a red apple"), model.coglm
     prompt = torch.tensor([*ids, model.tokenizer.boi])
     tokens = torch.cat([prompt.expand(2, -1), pictures.tokens.flatten(1)], 1)  # (2, S)
-    positions, mask = masking.inference(len(ids), tokens.shape[1], TINY.layout)
+    positions, mask = masking.inference(len(ids), tokens.shape[1], TINY.coglm.layout)
     with torch.no_grad():
         hidden = coglm.transformer(tokens, positions[None], attention_bias(mask))[:, len(ids) : -1]
         log_p = coglm.transformer.logits(hidden, TINY.vqvae.codebook_size).log_softmax(-1)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from minicogview import sampling
+from minicogview.clusters import Clusters
 from minicogview.config import SamplingConfig
 from minicogview.errors import MiniCogViewError
-from minicogview.sampling import Clusters, Sampler
+from minicogview.sampling import Sampler
 
 V, C = 60, 7
 CONFIG = SamplingConfig(temperature=0.9, top_k=3, cluster_temperature=0.7)
@@ -147,12 +146,7 @@ def test_the_length_of_a_run_does_not_change_its_start():
     assert 0 <= long.min() and long.max() < 1
 
 
-# --- the dials
-
-
-def test_text_weights_cover_the_text_columns_only():
-    expected = torch.tensor([1.4, 1.4, 1.4, 0, 0])
-    torch.testing.assert_close(sampling.text_attention_weights(3, 5, 1.4), expected)
+# --- guidance and settings
 
 
 def test_guidance_of_one_changes_nothing_and_two_goes_as_far_again():
@@ -164,65 +158,9 @@ def test_guidance_of_one_changes_nothing_and_two_goes_as_far_again():
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"top_k": 0}, {"cluster_temperature": 0.0}])
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(MiniCogViewError, match=next(iter(wrong))):
-        Sampler([0], dataclasses.replace(CONFIG, **wrong))
+        dataclasses.replace(CONFIG, **wrong)
 
 
 def test_labels_of_another_codebook_are_refused():
     with pytest.raises(MiniCogViewError, match="61 tokens, but cluster labels for 60"):
         sampling.cluster_probabilities(random_logits(1, width=V + 1), random_clusters(), 1.0, 3)
-
-
-# --- clusters
-
-
-def test_members_list_every_token_once():
-    clusters = random_clusters()
-    for c in range(C):
-        real = clusters.members[c][clusters.bias[c] == 0]
-        assert torch.equal(real, (clusters.labels == c).nonzero()[:, 0])
-
-
-def test_k_means_finds_blobs_and_repeats():
-    generator = torch.Generator().manual_seed(0)
-    blobs = torch.arange(5.0).repeat_interleave(20)[:, None] * 10
-    points = blobs + torch.randn(100, 3, generator=generator)
-    labels = sampling.cluster_codebook(points, 5)
-    assert all(len(labels[i * 20 : i * 20 + 20].unique()) == 1 for i in range(5))
-    assert len(labels.unique()) == 5
-    assert torch.equal(labels, sampling.cluster_codebook(points, 5))
-
-
-def test_k_means_survives_equal_rows_and_refuses_too_many():
-    assert sampling.cluster_codebook(torch.ones(6, 2), 3).shape == (6,)
-    with pytest.raises(MiniCogViewError, match="7 clusters of 6"):
-        sampling.cluster_codebook(torch.ones(6, 2), 7)
-
-
-@pytest.mark.parametrize("kind", [np.int32, np.int64, np.float32])
-def test_label_file_of_the_original_form(tmp_path: Path, kind):
-    path = tmp_path / "cluster_label.npy"
-    np.save(path, np.arange(30).astype(kind) % 4)
-    labels = sampling.load_labels(path, 30)
-    assert labels.dtype == torch.int64 and torch.equal(labels, torch.arange(30) % 4)
-
-
-def test_bad_label_files_are_refused(tmp_path: Path):
-    path = tmp_path / "cluster_label.npy"
-    with pytest.raises(MiniCogViewError, match="No such file"):
-        sampling.load_labels(path, 30)
-    path.write_bytes(b"not numpy")
-    with pytest.raises(MiniCogViewError, match=r"not a plain \.npy"):
-        sampling.load_labels(path, 30)
-    path.write_bytes(b"")
-    with pytest.raises(MiniCogViewError, match=r"not a plain \.npy"):
-        sampling.load_labels(path, 30)
-    np.save(path, np.array([{}] * 30), allow_pickle=True)  # a pickle could run code
-    with pytest.raises(MiniCogViewError, match=r"not a plain \.npy"):
-        sampling.load_labels(path, 30)
-    np.save(path, np.zeros(29, dtype=int))
-    with pytest.raises(MiniCogViewError, match=r"\(29,\)"):
-        sampling.load_labels(path, 30)
-    for wrong in (-1, 0.5, np.nan):
-        np.save(path, np.full(30, wrong))
-        with pytest.raises(MiniCogViewError, match="whole numbers"):
-            sampling.load_labels(path, 30)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minicogview import coglm as coglm_module
+from minicogview.attention import attention_bias
 from minicogview.pipeline import CogView2
-from minicogview.scale.graphs import FixedStep, fixed_steps_pay
-from minicogview.transformer import attention_bias
+from minicogview.scale import graphs
+from minicogview.scale.graphs import FixedStep, fixed_steps
 
 
 @pytest.fixture(scope="module")
 def toy() -> CogView2:
     return CogView2.from_pretrained("toy")
-
-
-def test_a_processor_takes_growing_steps(toy: CogView2) -> None:
-    assert not fixed_steps_pay(toy.coglm.transformer)
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 1.0, "text_weight": 1.4}, {"temperature": 0.0}])
@@ -33,8 +29,8 @@ def test_the_same_tokens(toy: CogView2, monkeypatch: pytest.MonkeyPatch, setting
     region = torch.zeros(8, 8)
     region[2:5, 3:7] = 1
     hole = toy.complete("a dog", expected[0].tokens[0], region, n=2)
-    monkeypatch.setattr(coglm_module, "fixed_steps_pay", lambda model: True)
-    monkeypatch.setattr(coglm_module, "FixedStep", fixed)
+    monkeypatch.setattr(graphs, "FixedStep", fixed)
+    monkeypatch.setattr(toy.coglm, "decoding", lambda model, rows: fixed_steps(model))
     for text, pictures in zip(texts, expected, strict=True):
         again = toy.generate(text, n=3, seed=5, stages=1, **settings)
         assert torch.equal(again.tokens, pictures.tokens)
@@ -53,9 +49,9 @@ def test_a_step_changes_no_shape_and_no_address(toy: CogView2) -> None:
     cache.k.fill_(torch.nan)  # memory that was never written to may hold anything
     cache.v.fill_(torch.nan)
     model(tokens[:, :3], positions[:, :3], bias[:, :, :3, :3], cache)
-    step, places = FixedStep(model, cache, bias), set()
+    step, places = FixedStep(model, cache), set()
     for i in range(3, 8):
-        hidden = step(tokens[:, i : i + 1], positions[:, i : i + 1], i)
+        hidden = step(tokens[:, i : i + 1], positions[:, i : i + 1], bias[:, :, i : i + 1, : i + 1])
         torch.testing.assert_close(hidden, whole[:, i], atol=1e-4, rtol=1e-4)
         buffers = (step.tokens, step.positions, step.bias, cache.k, cache.v)
         places.add(tuple((b.data_ptr(), tuple(b.shape)) for b in buffers))
@@ -65,6 +61,5 @@ def test_a_step_changes_no_shape_and_no_address(toy: CogView2) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_replays_them(toy: CogView2) -> None:
     gpu = CogView2.from_pretrained("toy", device="cuda")
-    assert fixed_steps_pay(gpu.coglm.transformer)
     one, other = (model.generate("a red apple", n=4, seed=0, stages=1).tokens for model in (toy, gpu))
     assert (one == other).float().mean() > 0.9

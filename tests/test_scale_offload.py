@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_upsampling import ENLARGED, write_stages
+from test_upsampling import write_stages
+from tiny import ENLARGED
 from torch import nn
 
 from minicogview.checkpoints.files import load_direct, load_iterative, save_direct
@@ -33,25 +34,25 @@ def in_memory(*modules: nn.Module | None) -> int:
 def test_the_same_pictures_with_one_stage_at_a_time(folder: Path) -> None:
     model = CogView2.from_pretrained(folder, ENLARGED, offload=True)
     whole = CogView2.from_pretrained(folder, ENLARGED)
-    sharpener = model.sharpener
-    assert sharpener and model.n_stages == 3
+    upsampler = model.upsampler
+    assert upsampler and model.n_stages == 3
     counts: dict[str, int] = {}
 
     def on_step(stage: str, done: int, total: int) -> None:
-        counts[stage] = in_memory(model.coglm, sharpener.direct, sharpener.iterative)
+        counts[stage] = in_memory(model.coglm, upsampler.direct, upsampler.iterative)
 
-    assert in_memory(model.coglm, sharpener.direct, sharpener.iterative) == 0  # nothing is read before it is needed
+    assert in_memory(model.coglm, upsampler.direct, upsampler.iterative) == 0  # nothing is read before it is needed
     for _ in range(2):  # and what was let go of comes back
         pictures = model.generate("a red apple", n=2, seed=3, keep=1, on_step=on_step)
     coglm, direct = whole.coglm, load_direct(folder / "direct.safetensors", whole.coglm.transformer)
     iterative = load_iterative(folder / "iterative.safetensors")
-    assert counts == {"drawing": in_memory(coglm), "sharpening": in_memory(direct), "refining": in_memory(iterative)}
+    assert counts == {"coglm": in_memory(coglm), "direct": in_memory(direct), "iterative": in_memory(iterative)}
     same = whole.generate("a red apple", n=2, seed=3, keep=1)
     assert torch.equal(pictures.fine_tokens, same.fine_tokens) and np.array_equal(pictures[0], same[0])
 
     mask = np.zeros((9, 9), dtype=np.uint8)
     mask[2:5, 2:5] = 255
-    edited, other = (one.edit("a dog", same.coarse[0].resize((9, 9)), mask) for one in (model, whole))
+    edited, other = (one.edit("a dog", same.coglm[0].resize((9, 9)), mask) for one in (model, whole))
     assert np.array_equal(edited[0], other[0])
     assert model.caption(same[0]) == whole.caption(same[0])
     assert torch.equal(model.score(same[0], ["a dog", "狗"]), whole.score(same[0], ["a dog", "狗"]))
@@ -60,7 +61,7 @@ def test_the_same_pictures_with_one_stage_at_a_time(folder: Path) -> None:
 def test_a_foreign_direct_stage_is_refused_when_its_turn_comes(folder: Path, tmp_path: Path) -> None:
     write_stages(tmp_path, ENLARGED)
     torch.manual_seed(7)
-    other = DirectSR(ENLARGED.direct, Transformer(ENLARGED.transformer))
+    other = DirectSR(ENLARGED.direct, Transformer(ENLARGED.coglm.transformer))
     save_direct(tmp_path / "direct.safetensors", other)
     model = CogView2.from_pretrained(tmp_path, ENLARGED, offload=True)
     assert len(model.generate("a red apple", n=1, stages=1)) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_upsampling import ENLARGED
+from tiny import ENLARGED
 from torch import nn
 
 from minicogview.checkpoints.files import load_config
@@ -58,7 +58,7 @@ def test_what_the_6b_model_does_in_so_much_memory(
     gigabytes: float, device: str, ways: tuple[Way, Way, Way], one_by_one: bool
 ) -> None:
     plan = choose_plan(sizes(device == "cpu"), int(gigabytes * 1e9), BF16, device)
-    assert ((plan.draw, plan.direct, plan.refine), plan.one_by_one) == (ways, one_by_one)
+    assert ((plan.coglm, plan.direct, plan.iterative), plan.one_by_one) == (ways, one_by_one)
     assert 0 < plan.needed <= gigabytes * 1e9
     more = bytes_of((*ways, one_by_one), sizes(device == "cpu"), BF16, plan.batch or 1)
     assert more <= gigabytes * 1e9  # so many pictures side by side fit as well
@@ -106,11 +106,11 @@ def reference() -> torch.Tensor:
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_layers_from_the_disk_change_nothing(reference: torch.Tensor, one_by_one: bool) -> None:
-    model = toy(draw="disk", direct="disk", refine="disk", one_by_one=one_by_one)
+    model = toy(coglm="disk", direct="disk", iterative="disk", one_by_one=one_by_one)
     for _ in range(2):
         assert torch.equal(model.generate("a red apple", n=1, seed=0).fine_tokens, reference)
-    assert model.coglm.transformer.stream is not None and model.sharpener is not None
-    assert model.sharpener.direct.stream is not None
+    assert model.coglm.transformer.walk is not iter and model.upsampler is not None
+    assert model.upsampler.direct.walk is not iter
 
 
 def linear_kinds(module: nn.Module) -> set[type]:
@@ -119,27 +119,27 @@ def linear_kinds(module: nn.Module) -> set[type]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_eight_bits_draw_almost_the_same_picture(reference: torch.Tensor, dtype: torch.dtype) -> None:
-    model = toy(draw="int8", direct="int8", refine="int8", dtype=dtype)
+    model = toy(coglm="int8", direct="int8", iterative="int8", dtype=dtype)
     kind = QuantizedLinear if dtype == torch.float32 else Int4ProductLinear
     assert linear_kinds(model.coglm.transformer.layers) == {kind}
-    assert model.sharpener and linear_kinds(model.sharpener.direct.fine_layers) == {kind}
+    assert model.upsampler and linear_kinds(model.upsampler.direct.fine_layers) == {kind}
     fine = model.generate("a red apple", n=1, seed=0).fine_tokens
     assert fine is not None and (fine == reference).float().mean() > 0.9
 
 
 def test_four_bits_still_know_an_apple(reference: torch.Tensor) -> None:
-    model = toy(draw="int4", direct="disk", refine="disk", dtype=BF16)
+    model = toy(coglm="int4", direct="disk", iterative="disk", dtype=BF16)
     scores = model.score(model.generate("a red apple", n=1, seed=0)[0], ["a red apple", "a dog", "blue heart"])
     assert scores.argmax() == 0
     base = load_stages(TOY, Plan()).coglm.transformer
-    direct = model.sharpener and model.sharpener.direct
+    direct = model.upsampler and model.upsampler.direct
     assert direct and isinstance(direct.base.layers[0].attention.qkv, nn.Linear)  # its own, and not CogLM's in few bits
     assert direct.base.token_embedding.weight.data_ptr() == model.coglm.transformer.token_embedding.weight.data_ptr()
     assert direct.base.layers[0].mlp.up.weight.shape == base.layers[0].mlp.up.weight.shape
 
 
 def test_stages_in_few_bits_wait_in_memory_and_come_back() -> None:
-    model, whole = toy(draw="int8", direct="int8", refine="int8", one_by_one=True), toy(draw="int8", direct="int8")
+    model, whole = toy(coglm="int8", direct="int8", iterative="int8", one_by_one=True), toy(coglm="int8", direct="int8")
     offload, read = model.offload, list[str]()
     assert offload is not None and offload.stands_on == {}  # the direct stage has a base of its own, in few bits
     for name, bring in offload.bring.items():

@@ -16,7 +16,7 @@ from minicogview.checkpoints.files import load_coglm, load_direct, load_iterativ
 from minicogview.checkpoints.importing import import_released
 from minicogview.coglm import CogLM
 from minicogview.lopar import IterativeSR
-from minicogview.scale.streaming import Stream, forget_pages, mapped_from_files
+from minicogview.scale.streaming import Stream, forget_pages, mapped_from_files, stream_layers
 from minicogview.super_resolution import DirectSR
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is read from /proc")
@@ -57,14 +57,14 @@ def test_the_same_numbers_from_the_disk(folder: Path) -> None:
     texts = [[70, 71], [72]]
     for model, codes in ((direct, coarse), (iterative, fine)):
         expected = model(texts, codes)
-        model.stream_layers()
+        stream_layers(model)
         streamed = model(texts, codes)
         again = model(texts, codes)
         for one, other, third in zip(expected, streamed, again, strict=True):
             assert one.dtype == torch.half and torch.equal(one, other) and torch.equal(one, third)
     tokens, positions = torch.randint(64, (1, 5)), torch.arange(5)[None]
     expected = coglm.transformer(tokens, positions)
-    coglm.transformer.stream = Stream([[layer] for layer in coglm.transformer.layers])
+    coglm.transformer.walk = Stream([[layer] for layer in coglm.transformer.layers]).walk
     assert torch.equal(coglm.transformer(tokens, positions), expected)
 
 
@@ -72,10 +72,11 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 from minicogview.checkpoints.files import load_iterative
+from minicogview.scale.streaming import stream_layers
 
 model = load_iterative(sys.argv[1], dtype=None)
 if sys.argv[2] == "stream":
-    model.stream_layers()
+    stream_layers(model)
 
 model([[70]], torch.zeros(1, 81, dtype=torch.long))
 print(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024)
@@ -90,7 +91,7 @@ def test_streaming_holds_few_layers(tmp_path: Path) -> None:
     from minicogview.checkpoints.files import save_model
 
     config = replace(
-        TINY.iterative, coglm=replace(TINY.coglm, transformer=replace(TINY.transformer, n_layers=12, d_model=608))
+        TINY.iterative, coglm=replace(TINY.coglm, transformer=replace(TINY.coglm.transformer, n_layers=12, d_model=608))
     )
     save_model(tmp_path / "iterative.safetensors", IterativeSR(config), config, "iterative")
     held = {}

@@ -60,21 +60,20 @@ def test_fine_positions_start_as_tiles_of_the_base_table() -> None:
     start = start_positions(table, LayoutConfig(max_text=8, grid=4), 3).reshape(12, 12)
     assert start[0, :4].tolist() == [8, 9, 10, 11]  # 8 is <start_of_image>'s row: one off
     assert torch.equal(start[:4, :4], start[4:8, 8:])
-    above = start_positions(table, LayoutConfig(max_text=8, grid=4), 3, "coarse").reshape(12, 12)
+    above = start_positions(table, LayoutConfig(max_text=8, grid=4), 3, "enlarged").reshape(12, 12)
     assert above[0, :4].tolist() == [9, 9, 9, 10] and above[11, 11] == 24
 
 
 @torch.no_grad()
-def test_a_fine_token_can_start_as_the_coarse_one_above_it() -> None:
+def test_a_fine_token_can_start_as_the_enlarged_picture_has_it() -> None:
     torch.manual_seed(0)
-    alone = dataclasses.replace(tiny_config(), fine_start="coarse", coarse_window=(1, 1), window=(1, 1))
-    model = DirectSR(alone).eval()
-    codes = coarse_codes()
-    other = codes.clone()
-    other[:, 5] = (other[:, 5] + 1) % CODES  # row 1, column 1 of 4
-    moved = (model([[], []], codes)[1] - model([[], []], other)[1]).abs().amax((0, 2)).reshape(12, 12)
-    block = moved[3:6, 3:6]
-    assert block.min() > 10 * (moved.sum() - block.sum()) / 135  # the others feel it by way of the low level alone
+    alone = dataclasses.replace(tiny_config(), fine_start="enlarged", coarse_window=(1, 1), window=(1, 1))
+    model, codes = DirectSR(alone).eval(), coarse_codes()
+    start = torch.randint(CODES, (2, 144))
+    other = start.clone()
+    other[:, 40] = (other[:, 40] + 1) % CODES
+    moved = (model([[], []], codes, start)[1] - model([[], []], codes, other)[1]).abs().amax((0, 2))
+    assert moved.nonzero()[:, 0].tolist() == [40]  # with windows of one cell nobody else can tell
 
 
 def test_starts_from_the_base_and_shares_it() -> None:
@@ -158,8 +157,8 @@ def test_wrong_codes_are_refused(model: DirectSR, codes: torch.Tensor) -> None:
 def test_released_sizes() -> None:
     preset = get_preset("cogview2")
     with torch.device("meta"):
-        small = TransformerConfig(2, 3072, 48, preset.transformer.vocab_size)
-        coglm = CogLMConfig(small, preset.layout, preset.ids, preset.vqvae.codebook_size)
-        model = DirectSR(SuperResolutionConfig(coglm, preset.direct_text, preset.fine_factor))
+        small = TransformerConfig(2, 3072, 48, preset.coglm.transformer.vocab_size)
+        coglm = CogLMConfig(small, preset.coglm.layout, preset.coglm.ids, preset.vqvae.codebook_size)
+        model = DirectSR(SuperResolutionConfig(coglm, preset.direct.n_text, preset.direct.factor))
     assert model.fine_position.weight.shape == (3600, 3072)
     assert preset.direct.fine_grid == (60, 60) and preset.direct.window == (9, 5) and preset.iterative.n_text == 16

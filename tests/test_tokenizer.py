@@ -17,7 +17,8 @@ from minicogview.config import PRESETS, VQVAEConfig
 from minicogview.data import captions
 from minicogview.data.emoji import load_emoji
 from minicogview.errors import MiniCogViewError
-from minicogview.tokenizer import CHINESE, Tokenizer, to_pil, to_tensor
+from minicogview.pictures import to_pil, to_tensor
+from minicogview.tokenizer import CHINESE, Tokenizer
 from minicogview.training.text import main, toy_lines, train_text_tokenizer
 from minicogview.vqvae import VQVAE
 
@@ -120,7 +121,7 @@ def test_small_model_of_the_original_structure() -> None:
 
 def test_toy_agrees_with_its_preset(toy: Tokenizer) -> None:
     assert toy.n_text == TOY.n_text_pieces
-    assert toy.vocab_size == TOY.transformer.vocab_size
+    assert toy.vocab_size == TOY.coglm.transformer.vocab_size
     assert dataclasses.asdict(TOY.ids) == {name: getattr(toy, name) for name in ("pad", "boi", "boe", "boc")}
     assert (toy.unk, toy.eos, toy.pad) == (1024, 1026, 1027)
     assert [toy.token(i) for i in (17, toy.pad, toy.boi)] == ["picture 17", "<pad>", "<start_of_image>"]

@@ -106,10 +106,10 @@ def test_words_count_more_than_codes(data: CogLMData) -> None:
     wanted = batch.labels[batch.loss_mask]
     n_words, n_codes = int((wanted >= CODES).sum()), int((wanted < CODES).sum())
     with torch.no_grad():
-        one, many = (float(objective.model.loss(batch, objective.targets, weight)) for weight in (1.0, 1e6))
+        one, many = (float(objective.model(batch, objective.targets, weight)) for weight in (1.0, 1e6))
         words = batch.loss_mask & (batch.labels >= CODES)
         batch.loss_mask = words
-        alone = float(objective.model.loss(batch, objective.targets))
+        alone = float(objective.model(batch, objective.targets))
     assert many == pytest.approx(alone, rel=1e-3)
     assert one != pytest.approx(alone, rel=1e-3) and n_words > 0 and n_codes > 0
 

@@ -12,17 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import TINY, write_tiny
+from tiny import ENLARGED, TINY, write_tiny
 
 from minicogview.checkpoints.files import save_direct, save_model
 from minicogview.config import Preset
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR
+from minicogview.pictures import to_image
 from minicogview.pipeline import CogView2
 from minicogview.super_resolution import DirectSR
-from minicogview.tokenizer import to_image
-
-ENLARGED = dataclasses.replace(TINY, fine_start="enlarged", own_layers=True)  # as the toy
 
 
 def write_stages(folder: Path, preset: Preset) -> Path:
@@ -45,30 +43,30 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_stage_keeps_its_picture(model: CogView2) -> None:
     pictures = model.generate("a red apple", n=2, seed=3)
-    assert model.n_stages == 3 and pictures.images is pictures.refined
-    assert pictures.coarse and pictures.direct and pictures.fine_tokens is not None
-    sizes = [stage[0].size for stage in (pictures.coarse, pictures.direct, pictures.images)]
+    assert model.n_stages == 3 and pictures.images is pictures.iterative
+    assert pictures.coglm and pictures.direct and pictures.fine_tokens is not None
+    sizes = [stage[0].size for stage in (pictures.coglm, pictures.direct, pictures.images)]
     assert sizes == [(12, 12), (36, 36), (36, 36)] and pictures.fine_tokens.shape == (2, 9, 9)
     assert np.array_equal(pictures[1], model.tokenizer.decode_picture(pictures.fine_tokens[1]))
     assert not np.array_equal(pictures.direct[0], pictures[0])
 
 
 def test_seeds_matter_only_where_fine_tokens_are_drawn(model: CogView2) -> None:
-    sharpener = model.sharpener
-    assert sharpener
+    upsampler = model.upsampler
+    assert upsampler
     coarse = torch.randint(TINY.vqvae.codebook_size, (1, 9), generator=torch.Generator().manual_seed(0)).expand(2, -1)
     for choice in ("sample", "mean"):
-        chosen = dataclasses.replace(sharpener, preset=dataclasses.replace(sharpener.preset, fine_choice=choice))
-        draft = chosen.draft([[], []], coarse, seeds=[0, 1])
-        refined = chosen.refine([[], []], draft[:1].expand(2, -1), seeds=[0, 1])[-1]
-        for one, other in (draft, refined):
+        chosen = dataclasses.replace(upsampler, preset=dataclasses.replace(upsampler.preset, fine_choice=choice))
+        direct = chosen.run_direct([[], []], coarse, seeds=[0, 1])
+        iterative = chosen.run_iterative([[], []], direct[:1].expand(2, -1), seeds=[0, 1])[-1]
+        for one, other in (direct, iterative):
             assert torch.equal(one, other) == (choice == "mean")
 
 
 def test_stages_stop_early(model: CogView2) -> None:
     whole, first, second = (model.generate("a red apple", n=1, stages=stages) for stages in (None, 1, 2))
-    assert first.direct is first.refined is first.fine_tokens is None and first.images is first.coarse
-    assert second.refined is None and second[0].size == (36, 36)
+    assert first.direct is first.iterative is first.fine_tokens is None and first.images is first.coglm
+    assert second.iterative is None and second[0].size == (36, 36)
     assert whole.direct and np.array_equal(second[0], whole.direct[0])
     assert torch.equal(whole.tokens, first.tokens)
     for stages in (0, 4):
@@ -92,8 +90,8 @@ def test_the_kept_ones_are_sharpened_in_their_order(model: CogView2) -> None:
 def test_progress_names_the_stages(model: CogView2) -> None:
     steps: list[tuple[str, int, int]] = []
     model.generate("cat", n=2, on_step=lambda *step: steps.append(step))
-    assert list(dict.fromkeys(name for name, _, _ in steps)) == ["drawing", "sharpening", "refining"]
-    assert all(0 < done <= total for _, done, total in steps) and steps[-1] == ("refining", 2, 2)
+    assert list(dict.fromkeys(name for name, _, _ in steps)) == ["coglm", "direct", "iterative"]
+    assert all(0 < done <= total for _, done, total in steps) and steps[-1] == ("iterative", 2, 2)
 
 
 def test_editing_sharpens_what_the_mask_marks_and_nothing_else(model: CogView2) -> None:
@@ -101,8 +99,8 @@ def test_editing_sharpens_what_the_mask_marks_and_nothing_else(model: CogView2) 
     mask = torch.zeros(50, 70, dtype=torch.bool)
     mask[20:31, 5:22] = True
     pictures = model.edit("a red apple", Image.fromarray(noise), mask, n=2)
-    assert pictures.coarse and pictures.direct and pictures.refined and pictures.fine_tokens is not None
-    for stage in (pictures.coarse, pictures.direct, pictures.refined):
+    assert pictures.coglm and pictures.direct and pictures.iterative and pictures.fine_tokens is not None
+    for stage in (pictures.coglm, pictures.direct, pictures.iterative):
         for picture in stage:
             assert np.array_equal(np.array(picture)[~mask.numpy()], noise[~mask.numpy()])
             assert not np.array_equal(np.array(picture)[mask.numpy()], noise[mask.numpy()])
@@ -121,17 +119,17 @@ def test_no_stage_touches_a_pixel_outside_of_any_mask(
     mask[rng.integers(height), rng.integers(width)] = True
     before = np.array(to_image(picture))
     pictures = model.edit("a red apple", picture, mask)
-    assert pictures.coarse and pictures.direct and pictures.refined
-    for stage in (pictures.coarse, pictures.direct, pictures.refined):
+    assert pictures.coglm and pictures.direct and pictures.iterative
+    for stage in (pictures.coglm, pictures.direct, pictures.iterative):
         assert np.array_equal(np.array(stage[0])[~mask], before[~mask])
 
 
 def test_a_region_holds_in_every_round(model: CogView2) -> None:
-    sharpener = model.sharpener
-    assert sharpener is not None
+    upsampler = model.upsampler
+    assert upsampler is not None
     before, region = torch.randint(64, (1, 81)), torch.zeros(9, 9, dtype=torch.bool)
     region[3:6] = True
-    rounds = sharpener.refine([[70]], before, [0], region)
+    rounds = upsampler.run_iterative([[70]], before, [0], region)
     assert len(rounds) == OFFICIAL.n_rounds
     assert all(torch.equal(after[0, ~region.flatten()], before[0, ~region.flatten()]) for after in rounds)
     assert not torch.equal(rounds[-1], before)
@@ -154,7 +152,7 @@ def test_a_photograph_keeps_every_pixel_outside_of_the_mask() -> None:
     model = CogView2.from_pretrained("toy")
     pictures = model.edit("a red apple", photo, mask, n=1)
     before = np.array(photo)
-    stages = [stage for stage in (pictures.coarse, pictures.direct, pictures.refined) if stage is not None]
+    stages = [stage for stage in (pictures.coglm, pictures.direct, pictures.iterative) if stage is not None]
     assert len(stages) == model.n_stages > 1
     for stage in stages:
         after = np.array(stage[0])

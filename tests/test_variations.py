@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_upsampling import ENLARGED, write_stages
+from test_upsampling import write_stages
+from tiny import ENLARGED
 
 from minicogview.errors import MiniCogViewError
 from minicogview.pipeline import CogView2
@@ -65,8 +66,8 @@ def test_styles_change_words_and_settings(model: CogView2) -> None:
     styled = style.model(model)
     assert style.text("a cat") == "a cat 漫画 隔绝" and styled.coglm is model.coglm
     assert styled.sampling.temperature == 1.1 and model.sampling.temperature == 1.0
-    assert styled.sharpener and styled.sharpener.preset.direct_sampling.top_k == 5
-    assert model.sharpener and model.sharpener.preset.direct_sampling.top_k == 8
+    assert styled.upsampler and styled.upsampler.preset.direct_sampling.top_k == 5
+    assert model.upsampler and model.upsampler.preset.direct_sampling.top_k == 8
     assert styled.generate(style.text("a cat"), n=1)[0].size == (36, 36)
     with pytest.raises(MiniCogViewError, match="unknown style 'cubist': choose one of none, mainbody"):
         get_style("cubist")

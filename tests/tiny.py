@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,15 +11,15 @@ import torch
 import minicogview
 from minicogview.checkpoints.files import save_model
 from minicogview.coglm import CogLM
-from minicogview.config import LayoutConfig, Preset, SamplingConfig, TransformerConfig, VQVAEConfig
+from minicogview.config import LayoutConfig, SamplingConfig, VQVAEConfig, make_preset
 from minicogview.vqvae import VQVAE
 
 SHIPPED = Path(minicogview.__file__).parent / "weights" / "toy"
 N_PIECES = 4500  # of the shipped text model
 
-TINY = Preset(
-    name="tiny",
-    vqvae=VQVAEConfig(
+TINY = make_preset(
+    "tiny",
+    VQVAEConfig(
         channels=4,
         encoder_multipliers=(1, 1, 1),
         encoder_blocks=1,
@@ -28,14 +29,18 @@ TINY = Preset(
         decoder_multipliers=((1, 1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1)),
         n_groups=2,
     ),
-    transformer=TransformerConfig(
-        n_layers=2, d_model=16, n_heads=2, vocab_size=64 + N_PIECES + 3, max_positions=48 + 1 + 9
-    ),
-    layout=LayoutConfig(max_text=48, grid=3, n_patches=1, patch_size=2),
-    sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
-    direct_sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
+    LayoutConfig(max_text=48, grid=3, n_patches=1, patch_size=2),
+    {"n_layers": 2, "d_model": 16, "n_heads": 2},
     n_text_pieces=N_PIECES,
     level=0,
+    sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
+    direct_sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
+)
+# As the toy: fine tokens start from the enlarged picture, and the direct stage has layers of its own.
+ENLARGED = replace(
+    TINY,
+    direct=replace(TINY.direct, fine_start="enlarged", own_layers=True),
+    iterative=replace(TINY.iterative, fine_start="enlarged"),
 )
 
 

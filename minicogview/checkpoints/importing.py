@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from minicogview.checkpoints.files import identity, save_model
 from minicogview.checkpoints.sat import SatFolder, open_torch_file, sat_config, sat_to_ours
 from minicogview.checkpoints.shards import LIMIT, OnStep, free_room, n_bytes, write_shards
+from minicogview.clusters import load_labels
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, Preset, to_json
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
-from minicogview.sampling import load_labels
 from minicogview.super_resolution import DirectSR
 from minicogview.vqvae import from_official
 
@@ -87,8 +87,8 @@ def check_source(kind: str, folder: SatFolder, preset: Preset) -> Source:
         MiniCogViewError: if its sizes are not the preset's, or with the names that are missing, unexpected, or of
             another shape.
     """
-    config = sat_config(folder.sizes, preset.ids, preset.layout, preset.vqvae.codebook_size)
-    found, wanted = config.transformer, preset.transformer
+    config = sat_config(folder.sizes, preset.coglm.ids, preset.coglm.layout, preset.vqvae.codebook_size)
+    found, wanted = config.transformer, preset.coglm.transformer
     for name in ("n_layers", "d_model", "n_heads", "vocab_size"):
         if getattr(found, name) != getattr(wanted, name):
             raise MiniCogViewError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,21 +26,15 @@ from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.scale.offload import Offload, State
 from minicogview.scale.plan import BITS, Plan, Sizes, Way, check_device, choose_plan, parse_dtype, parse_memory
-from minicogview.scale.quantization import quantize_layers
-from minicogview.scale.streaming import forget_pages, mapped_from_files
+from minicogview.scale.quantization import Bits, quantize_layers
+from minicogview.scale.streaming import forget_pages, mapped_from_files, stream_layers
 from minicogview.super_resolution import DirectSR
 from minicogview.tokenizer import Tokenizer
+from minicogview.transformer import Transformer
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 FILES = "vqvae.safetensors, coglm.safetensors and text.model"
 STAGES = ("coglm", "direct", "iterative")
-
-
-class Streamed(Protocol):
-    """A model that can read its layers from the disk when their turn comes."""
-
-    def stream_layers(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """From now on."""
 
 
 def find_folder(source: str | Path) -> Path:
@@ -116,6 +111,15 @@ class Stages(NamedTuple):
     offload: Offload | None = None
 
 
+class Stage(NamedTuple):
+    """One model without weights, and all that is needed to give it some when its turn comes."""
+
+    name: str
+    stack: Transformer | DirectSR | IterativeSR  # whose layers may stay on the disk
+    own: nn.Module  # the modules that have weights of their own, not those of another stage
+    way: Way
+
+
 def load_stages(folder: Path, plan: Plan) -> Stages:
     """CogLM and, where there are files, both super-resolution models, in eval mode.
 
@@ -125,45 +129,60 @@ def load_stages(folder: Path, plan: Plan) -> Stages:
     Raises:
         MiniCogViewError: if a file is missing or damaged, or the direct stage was trained on top of another CogLM.
     """
-    first, second, third = (folder / f"{name}.safetensors" for name in STAGES)
-    offload = Offload(plan.device)
+    files = {name: folder / f"{name}.safetensors" for name in STAGES}
     with torch.device("meta"):
-        coglm = CogLM(load_config(first, "coglm")).eval()
-    coglm.transformer.identity = identity(first)
-
-    def read_direct() -> State:
-        """Without what CogLM has in memory already: that is shared."""
-        _, state = load_part(second, "direct", first, None)
-        for name in same_as_coglm(second, coglm):
-            if shared:
-                del state[name]
-            elif not plan.one_by_one and not is_layer(name):
-                state[name] = coglm.get_parameter(name.replace("base.", "transformer.", 1)).data
-        return state
-
-    def add(name: str, module: nn.Module, way: Way, read: Callable[[], State], stack: Streamed) -> None:
-        offload.add(name, module, lambda: place(module, read(), way, plan, stack, folder), stays=way in BITS)
-
-    add("coglm", coglm, plan.draw, lambda: load_weights(first, "coglm", None)[1], coglm.transformer)
+        coglm = CogLM(load_config(files["coglm"], "coglm")).eval()
+    coglm.transformer.identity = identity(files["coglm"])
+    stages = [Stage("coglm", coglm.transformer, coglm, plan.coglm)]
     direct = iterative = None
-    if has_weights(second):
-        config = load_config(second, "direct")
-        base_names = {f"base.{name}" for name in coglm.transformer.state_dict()}
-        shared = plan.draw == plan.direct == "memory" and base_names <= set(same_as_coglm(second, coglm))
+    if has_weights(files["direct"]):
+        shared = shares_transformer(files["direct"], coglm, plan)
         with torch.device("meta"):
-            direct = DirectSR(config, coglm.transformer if shared else None).eval()
+            direct = DirectSR(load_config(files["direct"], "direct"), coglm.transformer if shared else None).eval()
         own = {name: part for name, part in direct.named_children() if not (shared and name == "base")}
-        add("direct", nn.ModuleDict(own), plan.direct, read_direct, direct)
-        if shared:
-            offload.stands_on["direct"] = "coglm"
-    if has_weights(second) and has_weights(third):
+        stages.append(Stage("direct", direct, nn.ModuleDict(own), plan.direct))
+    if direct is not None and has_weights(files["iterative"]):
         with torch.device("meta"):
-            iterative = IterativeSR(load_config(third, "iterative")).eval()
-        add("iterative", iterative, plan.refine, lambda: load_part(third, "iterative", first, None)[1], iterative)
+            iterative = IterativeSR(load_config(files["iterative"], "iterative")).eval()
+        stages.append(Stage("iterative", iterative, iterative, plan.iterative))
+
+    offload = Offload(plan.device)
+    for stage in stages:
+        offload.add(stage.name, stage.own, partial(bring, stage, folder, plan, coglm), stays=stage.way in BITS)
+    if direct is not None and direct.base is coglm.transformer:
+        offload.stands_on["direct"] = "coglm"
     if plan.one_by_one:
         return Stages(coglm, direct, iterative, offload)
     offload.need(*offload.modules)
     return Stages(coglm, direct, iterative)
+
+
+def shares_transformer(path: Path, coglm: CogLM, plan: Plan) -> bool:
+    """Whether the direct stage can stand on CogLM's transformer itself: all of it is the same, and both are at hand."""
+    base = {f"base.{name}" for name in coglm.transformer.state_dict()}
+    return plan.coglm == plan.direct == "memory" and base <= set(same_as_coglm(path, coglm))
+
+
+def bring(stage: Stage, folder: Path, plan: Plan, coglm: CogLM) -> None:
+    """Give a stage its weights, in the way that its plan says."""
+    path, first = folder / f"{stage.name}.safetensors", folder / "coglm.safetensors"
+    if stage.name == "coglm":
+        _, state = load_weights(path, "coglm", None)
+    else:
+        _, state = load_part(path, stage.name, first, None)
+    if stage.name == "direct":
+        state = without_copies(state, same_as_coglm(path, coglm), stage, plan, coglm)
+    place(stage, state, plan, folder)
+
+
+def without_copies(state: State, same: Sequence[str], stage: Stage, plan: Plan, coglm: CogLM) -> State:
+    """The direct stage's weights, where CogLM has the same ones in memory: left out, or CogLM's tables themselves."""
+    own = set(stage.own.state_dict())
+    state = {name: value for name, value in state.items() if name in own or name not in same}
+    if not plan.one_by_one:
+        for name in [name for name in same if name in state and not is_layer(name)]:
+            state[name] = coglm.get_parameter(name.replace("base.", "transformer.", 1)).data
+    return state
 
 
 def is_layer(name: str) -> bool:
@@ -171,24 +190,25 @@ def is_layer(name: str) -> bool:
     return "layers." in name or "fine_attention." in name
 
 
-def place(module: nn.Module, state: State, way: Way, plan: Plan, stack: Streamed, source: Path) -> None:
-    """Give a module without weights those of a stage, in one of the four ways.
-
-    Args:
-        state: mapped from files. stack: the model whose layers they are, for those that stay on the disk.
-    """
+def place(stage: Stage, state: State, plan: Plan, source: Path) -> None:
+    """Give the modules of a stage weights that are mapped from files, in one of the four ways."""
     here = {
-        name: value if way != "memory" and is_layer(name) else value.to(plan.device, plan.dtype)
+        name: value if stage.way != "memory" and is_layer(name) else value.to(plan.device, plan.dtype)
         for name, value in state.items()
     }
-    load_into(module, here, source, assign=True)
-    if way == "disk":
-        stack.stream_layers(plan.device, plan.dtype)
-    elif way in BITS:
-        for blocks in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
+    load_into(stage.own, here, source, assign=True)
+    if stage.way == "disk":
+        stream_layers(stage.stack, plan.device, plan.dtype)
+    elif stage.way in BITS:
+        for blocks in [part for part in stage.own.modules() if isinstance(part, nn.ModuleList)]:
             for block in blocks:
-                stored = [parameter.data for parameter in block.parameters()]
-                quantize_layers(block.to(plan.device, plan.dtype), 8 if way == "int8" else 4)
-                if mapped_from_files(stored):
-                    for tensor in stored:
-                        forget_pages(tensor)
+                quantize_block(block, plan, 8 if stage.way == "int8" else 4)
+
+
+def quantize_block(block: nn.Module, plan: Plan, bits: Bits) -> None:
+    """Quantize one layer, and let go of the pages of its file."""
+    stored = [parameter.data for parameter in block.parameters()]
+    quantize_layers(block.to(plan.device, plan.dtype), bits)
+    if mapped_from_files(stored):
+        for tensor in stored:
+            forget_pages(tensor)

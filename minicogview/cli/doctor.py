@@ -31,7 +31,7 @@ from minicogview.scale.plan import BITS, Sizes, choose_plan, free_memory, parse_
 NAMES = {
     "coglm": "stage one (CogLM)",
     "direct": "direct super-resolution",
-    "iterative": "LoPAR",
+    "iterative": "iterative super-resolution",
     "vqvae": "picture tokenizer",
     "text": "text tokenizer",
     "labels": "cluster labels",
@@ -39,7 +39,7 @@ NAMES = {
 WITHOUT = {
     "coglm": "nothing can be drawn",
     "direct": "pictures stay coarse",
-    "iterative": "pictures stay drafts",
+    "iterative": "pictures stay as the direct stage made them",
     "vqvae": "tokens cannot be shown",
     "text": "texts cannot be read",
     "labels": "clusters are made by k-means instead",
@@ -143,8 +143,8 @@ def machine(preset: Preset | None) -> list[str]:
     number = parse_dtype("auto", sizes.parameters)
     copy, product = speeds()
     lines.append(line("measured", f"reads {copy / 1e9:.1f} GB/s, products {product / 1e9:.0f} GFLOP/s"))
-    stages, n_tokens = costs(preset)["stages"], preset.layout.n_image
-    passes = (stages["direct"]["flops"] + stages["refine"]["flops"]) / product
+    stages, n_tokens = costs(preset)["stages"], preset.coglm.layout.n_image
+    passes = (stages["direct"]["flops"] + stages["iterative"]["flops"]) / product
     said = ""
     for budget in ("6GB", "12GB", "24GB", "auto"):
         try:
@@ -155,8 +155,8 @@ def machine(preset: Preset | None) -> list[str]:
         if str(plan) == said:
             continue
         said = str(plan)
-        read = sizes.layers * number.itemsize * (BITS[plan.draw] / 16 if plan.draw in BITS else 1.0)
-        seconds = n_tokens * read / copy if plan.draw != "disk" else float("inf")
+        read = sizes.layers * number.itemsize * (BITS[plan.coglm] / 16 if plan.coglm in BITS else 1.0)
+        seconds = n_tokens * read / copy if plan.coglm != "disk" else float("inf")
         how_long = f"at best {seconds:.0f} s to draw and {passes:.0f} s to sharpen" if seconds < 1e6 else "very slow"
         lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {how_long}"))
     return lines

@@ -86,7 +86,7 @@ def edit(
     check_folder(drawing.out)
     model = source.load()
     from minicogview.editing import box_mask
-    from minicogview.tokenizer import open_picture, to_image
+    from minicogview.pictures import open_picture, to_image
 
     image = to_image(picture)
     chosen = box_mask((image.height, image.width), box) if box is not None else open_picture(mask or "")

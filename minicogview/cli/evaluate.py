@@ -119,16 +119,12 @@ def sharpness(
         limit: judge a fixed random choice of so many pictures.
         seed: picture i is drawn with seed + i.
         fid: the Frechet distance of the picture tokenizer's features too; needs the extra "evaluate".
-        json: print n, psnr (dB), ssim (and fid) of bicubic, direct and lopar as JSON.
+        json: print n, psnr (dB), ssim (and fid) of bicubic, direct and iterative as JSON.
     """
     model = source.load()
-    from minicogview.upsampling import MISSING
-
-    if model.sharpener is None:
-        raise MiniCogViewError(MISSING)
     from minicogview.evaluation.judge import sharpness as judge_sharpness
 
-    return show(judge_sharpness(model.sharpener, model.tokenizer, split, lang, limit, seed, fid), json)
+    return show(judge_sharpness(model.require_upsampler(), model.tokenizer, split, lang, limit, seed, fid), json)
 
 
 def tokenizer(

@@ -34,8 +34,8 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
         json: print plain numbers (bytes, operations) as JSON.
     """
     sizes = get_preset(preset)
-    if not 1 <= text_tokens <= sizes.layout.max_text:
-        limit = sizes.layout.max_text
+    if not 1 <= text_tokens <= sizes.coglm.layout.max_text:
+        limit = sizes.coglm.layout.max_text
         raise MiniCogViewError(f"--text-tokens is {text_tokens}: the preset {preset} takes 1 to {limit}")
     from minicogview.evaluation.cost import costs
 
@@ -49,9 +49,9 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
     )
     print(f"{'':24}{'parameters':>15}{'fp16 MB':>12}{'fp32 MB':>12}{'GFLOP':>12}")
     rows = {
-        "draw (CogLM)": numbers["stages"]["draw"],
-        "sharpen (direct)": numbers["stages"]["direct"],
-        "refine (LoPAR)": numbers["stages"]["refine"],
+        "coglm": numbers["stages"]["coglm"],
+        "direct": numbers["stages"]["direct"],
+        "iterative": numbers["stages"]["iterative"],
         "decode (VQ-VAE)": numbers["stages"]["decode"],
         "encode (VQ-VAE)": numbers["stages"]["encode"],
         "all weights; all stages": numbers["total"],
@@ -59,7 +59,7 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
     for name, row in rows.items():
         fp16, fp32 = row["fp16_bytes"] / 1e6, row["fp32_bytes"] / 1e6
         print(f"{name:24}{row['parameters']:15,}{fp16:12,.1f}{fp32:12,.1f}{row['flops'] / 1e9:12,.2f}")
-    print(f"KV cache of one picture in fp16: {numbers['stages']['draw']['cache_fp16_bytes'] / 1e6:,.1f} MB")
+    print(f"KV cache of one picture in fp16: {numbers['stages']['coglm']['cache_fp16_bytes'] / 1e6:,.1f} MB")
     return 0
 
 

@@ -47,7 +47,7 @@ def draw_flops(config: CogLMConfig, text_tokens: int) -> int:
     return _all_layers(of_layers, config)
 
 
-def sharpen_flops(config: SuperResolutionConfig, kind: type[DirectSR] | type[IterativeSR], text_tokens: int) -> int:
+def super_resolution_flops(config: SuperResolutionConfig, kind: type[DirectSR] | type[IterativeSR], text_tokens: int) -> int:
     """Operations of one pass of a super-resolution stage, logits of all fine tokens included."""
     n_fine, n_codes = config.fine_grid[0] * config.fine_grid[1], config.coglm.n_codes
     codes = torch.zeros(1, config.coglm.layout.n_image if kind is DirectSR else n_fine, dtype=torch.long)
@@ -107,25 +107,25 @@ def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
         text_tokens: length of the text that is drawn.
 
     Returns:
-        ``stages``: for each of "draw", "direct" (what it has beside "draw"), "refine" (all rounds), "decode" (the fine
+        ``stages``: for each of "coglm", "direct" (what it has beside "coglm"), "iterative" (all rounds), "decode" (the fine
         picture) and "encode" (a coarse one) its ``parameters``, ``fp16_bytes``, ``fp32_bytes``, and ``flops`` for one
-        picture; "draw" has ``cache_fp16_bytes`` too, the KV cache of one picture. ``total``: the same keys for all
+        picture; "coglm" has ``cache_fp16_bytes`` too, the KV cache of one picture. ``total``: the same keys for all
         weights (each counted once, decoders of other rates included) and for a text's way to the fine picture.
     """
     with torch.device("meta"):
         coglm, vqvae = CogLM(preset.coglm), VQVAE(preset.vqvae)
         direct, iterative = DirectSR(preset.direct, coglm.transformer), IterativeSR(preset.iterative)
-    level, grid, quantizer = preset.level, preset.layout.grid, vqvae.quantizer
+    level, grid, quantizer = preset.level, preset.coglm.layout.grid, vqvae.quantizer
     side = preset.direct.fine_grid[0]
     codes = torch.zeros(1, side, side, dtype=torch.long, device="meta")
     n_direct = count_parameters(direct) - count_parameters(coglm)
     encoder = (vqvae.encoder, vqvae.halvers[:level], quantizer)
     stages = {
-        "draw": _cost(count_parameters(coglm), draw_flops(preset.coglm, text_tokens)),
-        "direct": _cost(n_direct, sharpen_flops(preset.direct, DirectSR, text_tokens)),
-        "refine": _cost(
+        "coglm": _cost(count_parameters(coglm), draw_flops(preset.coglm, text_tokens)),
+        "direct": _cost(n_direct, super_resolution_flops(preset.direct, DirectSR, text_tokens)),
+        "iterative": _cost(
             count_parameters(iterative),
-            OFFICIAL.n_rounds * sharpen_flops(preset.iterative, IterativeSR, text_tokens),
+            OFFICIAL.n_rounds * super_resolution_flops(preset.iterative, IterativeSR, text_tokens),
         ),
         "decode": _cost(
             count_parameters(vqvae.decoder(level), quantizer.codebook),
@@ -133,9 +133,9 @@ def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
         ),
         "encode": _cost(count_parameters(*encoder), encode_flops(vqvae, preset.coarse_pixels, level)),
     }
-    sizes = preset.transformer
-    stages["draw"]["cache_fp16_bytes"] = 2 * 2 * sizes.n_layers * sizes.d_model * (text_tokens + grid * grid)
-    flops = sum(stages[name]["flops"] for name in ("draw", "direct", "refine", "decode"))
+    sizes = preset.coglm.transformer
+    stages["coglm"]["cache_fp16_bytes"] = 2 * 2 * sizes.n_layers * sizes.d_model * (text_tokens + grid * grid)
+    flops = sum(stages[name]["flops"] for name in ("coglm", "direct", "iterative", "decode"))
     return {
         "preset": preset.name,
         "pixels": preset.fine_pixels,

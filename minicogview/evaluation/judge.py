@@ -14,62 +14,33 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minicogview.config import Preset
 from minicogview.data import captions
-from minicogview.data.emoji import Emoji, indices, load_emoji, render
+from minicogview.data.codes import decode_all, emoji_pictures, encode_all, encode_pairs
+from minicogview.data.emoji import Emoji, indices, load_emoji
 from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.fid import frechet_distance
 from minicogview.evaluation.metrics import psnr, ssim
 from minicogview.pipeline import CogView2
 from minicogview.tokenizer import Tokenizer
-from minicogview.upsampling import MISSING, Sharpener, Texts
-from minicogview.vqvae import VQVAE
+from minicogview.upsampling import Texts, Upsampler
 
 
-def emoji_pictures(size: int, progress: bool = True) -> Tensor:
-    """All emoji as (N, 3, size, size) in 0..1."""
-    return rearrange(torch.from_numpy(render(size, progress)), "n h w c -> n c h w").float() / 255
-
-
-@torch.no_grad()
-def encode_all(vqvae: VQVAE, pictures: Tensor, level: int, batch_size: int = 64) -> Tensor:
-    """Codes of many pictures: (N, 3, H, W) -> (N, n), raster order."""
-    codes = [vqvae.encode(batch, level) for batch in pictures.split(batch_size)]
-    return rearrange(torch.cat(codes), "n h w -> n (h w)")
-
-
-def encode_pairs(vqvae: VQVAE, preset: Preset, rows: Tensor, progress: bool = True) -> tuple[Tensor, Tensor]:
-    """Coarse codes (N, n) and fine codes (N, F) of the emoji in these rows (N,)."""
-    coarse, fine = (
-        encode_all(vqvae, emoji_pictures(size, progress)[rows], preset.level, batch_size=16)
-        for size in (preset.coarse_pixels, preset.fine_pixels)
-    )
-    return coarse, fine
-
-
-def sharpen_all(
-    sharpener: Sharpener, texts: Texts, coarse: Tensor, seed: int, stages: int, progress: bool = False
+def upsample_all(
+    upsampler: Upsampler, texts: Texts, coarse: Tensor, seed: int, stages: int, progress: bool = False
 ) -> list[Tensor]:
-    """``Sharpener.run`` with a progress bar; picture i is drawn with ``seed + i``."""
-    with tqdm(total=len(texts) * (stages - 1), desc="sharpening", disable=not progress) as bar:
+    """``Upsampler.run`` with a progress bar; picture i is drawn with ``seed + i``."""
+    with tqdm(total=len(texts) * (stages - 1), desc="super-resolution", disable=not progress) as bar:
 
         def on_step(stage: str, done: int, total: int) -> None:
             bar.set_description(stage, refresh=False)
-            bar.update(done + (total if stage == "refining" else 0) - bar.n)
+            bar.update(done + (total if stage == "iterative" else 0) - bar.n)
 
-        return sharpener.run(texts, coarse, range(seed, seed + len(texts)), stages, on_step)
+        return upsampler.run(texts, coarse, range(seed, seed + len(texts)), stages, on_step)
 
 
-@torch.no_grad()
-def decode_all(vqvae: VQVAE, codes: Tensor, level: int, batch_size: int = 64) -> Tensor:
-    """Pictures of many code grids: (N, n) -> (N, 3, H, W), clamped to 0..1."""
-    side = int(codes.shape[1] ** 0.5)
-    grids = rearrange(codes, "n (h w) -> n h w", h=side)
-    return torch.cat([vqvae.decode(batch, level).clamp(0, 1) for batch in grids.split(batch_size)])
 
 
 @dataclass
@@ -93,7 +64,7 @@ class Judge:
         ids, sampling = [self.model.encode(text) for text in texts], self.model.sampling
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
         result = torch.empty(len(ids), self.codes.shape[1], dtype=torch.long)
-        for start in tqdm(range(0, len(order), batch_size), desc="drawing", disable=not self.progress):
+        for start in tqdm(range(0, len(order), batch_size), desc="coglm", disable=not self.progress):
             rows = order[start : start + batch_size]
             drawn = self.model.coglm.generate(
                 [ids[i] for i in rows],
@@ -107,21 +78,19 @@ class Judge:
     @cached_property
     def fine_gallery(self) -> Tensor:
         """What the fine codes of all emoji can show, in as few pixels as the coarse pictures: (N, 3, H, W)."""
-        preset = self.sharpener.preset
+        preset = self.upsampler.preset
         pictures = emoji_pictures(preset.fine_pixels, self.progress)
         fine = encode_all(self.vqvae, pictures, self.level, batch_size=16)
         return self.shrunk(fine)
 
     @property
-    def sharpener(self) -> Sharpener:
+    def upsampler(self) -> Upsampler:
         """Both super-resolution stages; an error where there are none."""
-        if self.model.sharpener is None:
-            raise MiniCogViewError(MISSING)
-        return self.model.sharpener
+        return self.model.require_upsampler()
 
     def shrunk(self, fine: Tensor) -> Tensor:
         """Fine codes (M, F) decoded, and every ``factor`` x ``factor`` pixels averaged: (M, 3, H, W)."""
-        factor = self.sharpener.preset.fine_factor
+        factor = self.upsampler.preset.direct.factor
         parts = [decode_all(self.vqvae, part, self.level, batch_size=16) for part in fine.split(64)]
         return torch.cat([F.avg_pool2d(part, factor) for part in parts])
 
@@ -171,7 +140,7 @@ class Judge:
             ranks, nearest = self.ranks(drawn, targets)
         else:
             ids = [self.model.encode(text) for text in texts]
-            fine = sharpen_all(self.sharpener, ids, drawn, seed, stages, self.progress)[-1]
+            fine = upsample_all(self.upsampler, ids, drawn, seed, stages, self.progress)[-1]
             ranks, nearest = self.ranks(self.shrunk(fine), targets, self.fine_gallery)
         toned = [self.emoji[row].tone == e.tone for row, e in zip(nearest.tolist(), asked, strict=True) if e.tone]
         return {
@@ -262,7 +231,7 @@ class Judge:
 
 @torch.no_grad()
 def sharpness(
-    sharpener: Sharpener,
+    upsampler: Upsampler,
     tokenizer: Tokenizer,
     split: str,
     lang: str,
@@ -282,7 +251,7 @@ def sharpness(
         ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, and ``fid_...`` for ``bicubic``,
         ``direct`` and, where there is an iterative model, ``lopar``.
     """
-    vqvae, preset = sharpener.vqvae, sharpener.preset
+    vqvae, preset = upsampler.vqvae, upsampler.preset
     unseen = "tokenizer_heldout"
     asked = _some(split, limit, random.Random(0), without="" if split == unseen else unseen)
     coarse, fine = encode_pairs(vqvae, preset, torch.from_numpy(indices(asked)), progress=False)
@@ -290,8 +259,8 @@ def sharpness(
     blurred = decode_all(vqvae, coarse, preset.level)
     results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}
     names = [tokenizer.encode(captions.name(emoji, lang)) for emoji in asked]
-    sharpened = sharpen_all(sharpener, names, coarse, seed, sharpener.n_stages)
-    for name, codes in zip(("direct", "lopar"), sharpened):
+    sharpened = upsample_all(upsampler, names, coarse, seed, upsampler.n_stages)
+    for name, codes in zip(("direct", "iterative"), sharpened):
         results[name] = decode_all(vqvae, codes, preset.level, batch_size=16)
     numbers: dict[str, float] = {"n": len(asked)}
     for name, pictures in results.items():

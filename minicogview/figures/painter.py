@@ -24,9 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import contact_sheet, png, scale_to
+from minicogview.pictures import contact_sheet, png, scale_to, to_image
 from minicogview.pipeline import CogView2
-from minicogview.tokenizer import to_image
 
 SMALL, LARGE = 256, 512  # pixels on the screen: smaller pictures are enlarged, larger ones are shrunk
 CSS = """

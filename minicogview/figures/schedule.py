@@ -101,7 +101,7 @@ def schedule_figure(schedule: Schedule | Tensor = OFFICIAL, side: int = 12) -> F
 
     Args:
         schedule: a LoPAR schedule; or masks (T, rows, columns) of anything else that goes in rounds, and then there is
-            no tile. ``maskgit.refine_by_confidence`` fills in such masks, (B, F) for each round.
+            no tile. ``maskgit.resample_by_confidence`` fills in such masks, (B, F) for each round.
         side: cells along each side of the grid that the schedule is spread over.
     """
     masks = round_masks(schedule, side)

@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from minicogview import sampling
+from minicogview.clusters import Clusters
 from minicogview.figures.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, WIDTH, YELLOW, figure, to_array
-from minicogview.sampling import Clusters
 from minicogview.vqvae import VQVAE
 
 

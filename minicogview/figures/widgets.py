@@ -17,12 +17,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from minicogview.clusters import Clusters
 from minicogview.config import LayoutConfig, SpecialIds
 from minicogview.errors import MiniCogViewError
 from minicogview.figures import plot
 from minicogview.figures import tokens as plot_tokens
 from minicogview.masking import Sample
-from minicogview.sampling import Clusters
 from minicogview.vqvae import VQVAE
 
 CELL = "22px"  # side of a button that stands for one token

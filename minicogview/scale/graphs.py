@@ -18,16 +18,32 @@ gave less than packing does (docs/notes.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from minicogview.transformer import MASKED, KVCache, Transformer
+from minicogview.attention import MASKED
+from minicogview.coglm import CogLM
+from minicogview.transformer import KVCache, Transformer
 
 
-def fixed_steps_pay(model: Transformer) -> bool:
-    """Whether drawing with this model should take fixed steps: on a GPU, with whole layers at hand."""
-    whole = all(type(parameter.data) is Tensor for parameter in model.layers[0].parameters())  # see ``scale/parallel.py``
-    return model.token_embedding.weight.device.type == "cuda" and model.stream is None and whole
+class FixedCache(KVCache):
+    """A cache whose next place is a tensor, so that writing to it is the same work in every step."""
+
+    def __init__(self, cache: KVCache):
+        self.k, self.v, self.length = cache.k, cache.v, cache.length  # the same memory
+        self.k[..., self.length :, :] = 0  # what is multiplied by nothing must be a number
+        self.v[..., self.length :, :] = 0
+        self.place = torch.full((1,), self.length, device=self.k.device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``k, v`` (B, N, 1, H) at the next place; return what is in all places."""
+        return self.k[layer].index_copy_(2, self.place, k), self.v[layer].index_copy_(2, self.place, v)
+
+    def advance(self, n_tokens: int) -> None:
+        """The place moves on outside of the step: see ``FixedStep``."""
 
 
 class FixedStep:
@@ -35,34 +51,30 @@ class FixedStep:
 
     Args:
         model: a transformer in eval mode. cache: holds the prompt already, and room for at least one token more.
-        bias: (R, 1, S + 1, S + 1) from ``attention_bias``, for the whole sequence.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, bias: Tensor):
-        self.model, self.cache = model, cache
-        batch, places = cache.k.shape[1], cache.k.shape[3]
-        device = cache.k.device
+    def __init__(self, model: Transformer, cache: KVCache):
+        self.model, self.cache = model, FixedCache(cache)
+        (_, batch, _, places, _), device = cache.k.shape, cache.k.device
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        later = torch.ones(places, places, dtype=torch.bool, device=device).triu(1)
-        self.biases = bias[:, :, :places, :places].masked_fill(later, MASKED)  # of all steps
-        self.bias = torch.zeros_like(self.biases[:, :, :1])  # (R, 1, 1, S), of this one
-        cache.k[..., cache.length :, :] = 0  # what is multiplied by nothing must be a number
-        cache.v[..., cache.length :, :] = 0
+        self.positions = torch.zeros_like(self.tokens)
+        self.bias = torch.full((batch, 1, 1, places), MASKED, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        # Recording may write at the first empty place, which the first step then fills.
-        cache.place = torch.full((1,), cache.length, device=device)
         if device.type == "cuda":
-            self.hidden = self._record()
+            self.hidden = self._record()  # which may write at the first empty place; the first step then fills it
 
-    def __call__(self, tokens: Tensor, positions: Tensor, place: int) -> Tensor:
-        """Hidden states (B, D) of ``tokens`` (B, 1), which stand at ``positions`` (R, 1) and
-        at ``place`` in the cache."""
+    def __call__(self, tokens: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+        """Hidden states (B, D) of ``tokens`` (B, 1), which stand at ``positions`` (R, 1).
+
+        Args:
+            bias: (R, 1, 1, S so far) from ``attention_bias``; None lets the token look at all before it.
+        """
+        place = self.cache.length
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
-        self.bias.copy_(self.biases[:, :, place : place + 1])
-        assert self.cache.place is not None
+        self.bias[..., : place + 1] = 0 if bias is None else bias
         self.cache.place.fill_(place)
+        self.cache.length += 1
         if self.graph is None:
             return self._run()
         self.graph.replay()
@@ -81,3 +93,20 @@ class FixedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             return self._run()
+
+
+@contextmanager
+def fixed_steps(model: CogLM) -> Iterator[None]:
+    """Within this context one call of ``CogLM.fill`` takes its steps one like the other."""
+    fixed: list[FixedStep] = []
+
+    def next_hidden(tokens: Tensor, positions: Tensor, bias: Tensor | None, cache: KVCache) -> Tensor:
+        if not fixed:
+            fixed.append(FixedStep(model.transformer, cache))
+        return fixed[0](tokens, positions, bias)
+
+    model.next_hidden = next_hidden  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.next_hidden

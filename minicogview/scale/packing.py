@@ -7,12 +7,12 @@ from a half-precision file lose nothing by that. Of others the rounding error is
 half-precision matrix: together they hold 22 bits, and the products are as exact as ordinary float32 ones.
 
 No part of the original. On other machines, other devices and in other number formats nothing is packed, and
-everything here is ``F.linear``, the plain twin: same inputs, same answers up to float32 rounding.
+the layers are what they were, the plain twin: same inputs, same answers up to float32 rounding.
 
 Shapes: ``D`` inputs, ``E`` outputs; two or more dimensions, the last is the width.
 
 Example:
-    >>> layer, x = Linear(64, 32), torch.randn(1, 64)
+    >>> layer, x = nn.Linear(64, 32), torch.randn(1, 64)
     >>> with torch.inference_mode(), packed(layer, rows=1):
     ...     fast = layer(x)
     >>> torch.allclose(fast, layer(x), atol=1e-5)
@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE = 2.0**11  # half precision errs by at most 2**-11 of a number: scaled so, the error fits half precision too
@@ -98,23 +97,16 @@ def pack(owner: nn.Module, weight: Tensor, bias: Tensor | None, rows: int) -> Pa
     return kept
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` that multiplies with its packed copy within ``packed(model, rows)``."""
-
-    active: Packed | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) if self.active is None else self.active(x)
-
-
 @contextmanager
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within this context the model's ``Linear`` layers use packed copies: for inference with so many rows."""
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    """Within this context the model's linear layers use packed copies: for inference with so many rows."""
+    swapped = []
     try:
-        for layer in layers:
-            layer.active = pack(layer, layer.weight, layer.bias, rows)
+        for layer in model.modules():
+            if type(layer) is nn.Linear and (copy := pack(layer, layer.weight, layer.bias, rows)) is not None:
+                layer.forward = copy  # type: ignore[method-assign, assignment]
+                swapped.append(layer)
         yield
     finally:
-        for layer in layers:
-            layer.active = None
+        for layer in swapped:
+            del layer.forward

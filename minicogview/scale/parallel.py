@@ -149,9 +149,9 @@ def shard_pipeline(model: CogView2, mesh: DeviceMesh) -> None:
     Raises:
         MiniCogViewError: as ``shard``; or if the stages are brought in one by one, or layers come from the disk.
     """
-    later = [] if model.sharpener is None else [model.sharpener.direct, model.sharpener.iterative]
+    later = [] if model.upsampler is None else [model.upsampler.direct, model.upsampler.iterative]
     stages = nn.ModuleList(stage for stage in [model.coglm, *later] if stage is not None)
-    if model.offload is not None or any(getattr(module, "stream", None) for module in stages.modules()):
+    if model.offload is not None or any(getattr(module, "walk", iter) is not iter for module in stages.modules()):
         raise MiniCogViewError("split over processes all stages stay in memory: load them without offloading")
     shard(stages, mesh)
     model.vqvae.to(mesh.device_type)

@@ -62,16 +62,16 @@ class Plan:
     """How each stage has its weights.
 
     Attributes:
-        draw, direct, refine: of CogLM, direct super-resolution and LoPAR.
+        coglm, direct, iterative: of the three stages.
         one_by_one: only the stage at work has weights in memory (on a GPU those in few bits wait in the computer's).
         dtype: number format of the computation. device: where it happens.
         batch: pictures side by side at most; None leaves it to each stage.
         needed: bytes that this takes, estimated; 0 where nobody asked.
     """
 
-    draw: Way = "memory"
+    coglm: Way = "memory"
     direct: Way = "memory"
-    refine: Way = "memory"
+    iterative: Way = "memory"
     one_by_one: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -79,11 +79,11 @@ class Plan:
     needed: int = 0
 
     def __str__(self) -> str:
-        ways = {"drawing": self.draw, "direct super-resolution": self.direct, "LoPAR": self.refine}
-        if self.direct == self.refine:
-            ways = {"drawing": self.draw, "sharpening": self.direct}
+        ways = {"CogLM": self.coglm, "direct stage": self.direct, "iterative stage": self.iterative}
+        if self.direct == self.iterative:
+            ways = {"CogLM": self.coglm, "super-resolution": self.direct}
         said = ", ".join(f"{stage} with {SAID[way]}" for stage, way in ways.items())
-        if self.draw == self.direct == self.refine == "memory":
+        if self.coglm == self.direct == self.iterative == "memory":
             said = "all weights in memory"
         if self.one_by_one:
             said += ", of one stage at a time"

@@ -21,6 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minicogview.lopar import IterativeSR
+from minicogview.super_resolution import DirectSR
+from minicogview.transformer import Transformer
+
 PAGE = mmap.PAGESIZE
 
 
@@ -114,3 +118,19 @@ class Stream:
             return [tensor.to(self.device, self.dtype) for tensor in stored]
         with torch.cuda.stream(self.copies):
             return [tensor.to(self.device, self.dtype, non_blocking=True) for tensor in stored]
+
+
+def stream_layers(
+    model: Transformer | DirectSR | IterativeSR, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """From now on a model reads its layers from their file when their turn comes; arguments as for ``Stream``."""
+    model.walk = Stream(stack(model), device, dtype).walk
+
+
+def stack(model: Transformer | DirectSR | IterativeSR) -> list[tuple[nn.Module, ...]]:
+    """The modules of each layer, of both levels where there are two."""
+    if isinstance(model, DirectSR):
+        fine = model.fine_layers if model.config.own_layers else model.fine_attention
+        return list(zip(model.base.layers, fine, strict=True))
+    layers = model.layers if isinstance(model, Transformer) else model.base.layers
+    return [(layer,) for layer in layers]

@@ -121,7 +121,7 @@ class CogLMObjective:
         """Loss of batch ``step`` in nats per predicted token, words weighted."""
         device = self.model.device
         batch = self.batch(step).to(device)
-        loss = self.model.loss(batch, self.targets.to(device), self.recipe.text_weight)
+        loss = self.model(batch, self.targets.to(device), self.recipe.text_weight)
         return loss, {"samples": len(batch.tokens), "tokens": batch.tokens.numel()}
 
     def validate(self) -> dict[str, float]:

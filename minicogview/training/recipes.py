@@ -17,8 +17,9 @@ from minicogview.checkpoints.files import load_coglm, load_direct, load_vqvae, s
 from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
+from minicogview.data.codes import emoji_pictures, encode_all, encode_pairs
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluation.judge import Judge, emoji_pictures, encode_all, encode_pairs, sharpen_all, sharpness
+from minicogview.evaluation.judge import Judge, sharpness, upsample_all
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.super_resolution import DirectSR, enlarged_codes
@@ -27,7 +28,7 @@ from minicogview.training.coglm import LANGUAGES, CogLMData, CogLMObjective, Cog
 from minicogview.training.loop import fit
 from minicogview.training.lopar import IterativeObjective
 from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe
-from minicogview.upsampling import Sharpener
+from minicogview.upsampling import Upsampler
 from minicogview.vqvae import VQVAE
 
 TOY_WEIGHTS = Path(__file__).parents[1] / "weights" / "toy"
@@ -64,7 +65,7 @@ def emoji_pairs(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> Pairs:
         return captions.vary(emoji[i], language, rng)
 
     start = None
-    if preset.fine_start == "enlarged":
+    if preset.direct.fine_start == "enlarged":
         start = torch.cat([enlarged_codes(vqvae, part, preset.direct, preset.level) for part in coarse.split(32)])
     return Pairs(coarse, fine, describe, tokenizer, start)
 
@@ -116,12 +117,12 @@ def train_coglm(
     return summary
 
 
-def judge_sharpness(sharpener: Sharpener, tokenizer: Tokenizer) -> dict[str, float]:
+def judge_sharpness(upsampler: Upsampler, tokenizer: Tokenizer) -> dict[str, float]:
     """PSNR and SSIM on 60 training pictures and 60 of characters that super-resolution never saw."""
     numbers = {}
     with torch.autocast("cpu", enabled=False):
         for split in ("train", "tokenizer_heldout"):
-            for key, value in sharpness(sharpener, tokenizer, split, "en", limit=60).items():
+            for key, value in sharpness(upsampler, tokenizer, split, "en", limit=60).items():
                 numbers[f"{split}/{key}"] = value
     return numbers
 
@@ -145,25 +146,25 @@ def train_direct(
     torch.manual_seed(recipe.seed)
     vqvae, tokenizer, codebook = load_tokenizer(preset, weights)
     model = DirectSR(preset.direct, load_coglm(weights / "coglm.safetensors").transformer)
-    sharpener = Sharpener(vqvae, preset, model)
+    upsampler = Upsampler(vqvae, preset, model)
     objective = DirectObjective(
         model,
         emoji_pairs(preset, vqvae, tokenizer),
         codebook,
         recipe,
-        validate=lambda _: judge_sharpness(sharpener, tokenizer),
+        validate=lambda _: judge_sharpness(upsampler, tokenizer),
     )
     summary = fit(objective, out / "direct", validate_every=judge_every, **settings)
     save_direct(out / "direct.safetensors", model)
     return summary
 
 
-def make_drafts(sharpener: Sharpener, pairs: Pairs) -> Tensor:
+def make_direct_codes(upsampler: Upsampler, pairs: Pairs) -> Tensor:
     """What the direct stage makes of every training picture: (N, F) codes, for the iterative one to learn from."""
     rngs = [random.Random(row) for row in range(len(pairs.coarse))]
     said = [pairs.describe(row, rng.choice(LANGUAGES), rng) for row, rng in enumerate(rngs)]
     texts = [pairs.tokenizer.encode(words) for words in said]
-    return sharpen_all(sharpener, texts, pairs.coarse, seed=0, stages=2)[0]
+    return upsample_all(upsampler, texts, pairs.coarse, seed=0, stages=2)[0]
 
 
 def train_iterative(
@@ -188,14 +189,14 @@ def train_iterative(
     base, shared = (load_coglm(weights / "coglm.safetensors").transformer for _ in range(2))
     direct, model = load_direct(weights / "direct.safetensors", shared), IterativeSR(preset.iterative, base)
     model.start_from_direct(direct)
-    pairs, sharpener = emoji_pairs(preset, vqvae, tokenizer), Sharpener(vqvae, preset, direct, model)
+    pairs, upsampler = emoji_pairs(preset, vqvae, tokenizer), Upsampler(vqvae, preset, direct, model)
     objective = IterativeObjective(
         model,
         pairs,
         codebook,
         recipe,
-        make_drafts(sharpener, pairs),
-        validate=lambda _: judge_sharpness(sharpener, tokenizer),
+        make_direct_codes(upsampler, pairs),
+        validate=lambda _: judge_sharpness(upsampler, tokenizer),
     )
     summary = fit(objective, out / "iterative", validate_every=judge_every, **settings)
     save_model(out / "iterative.safetensors", model, preset.iterative, "iterative")

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from minicogview.config import PRESETS
+from minicogview.config import PAD_PIECE, PRESETS
 from minicogview.data import captions as emoji_captions
 from minicogview.data.emoji import load_emoji
 from minicogview.errors import MiniCogViewError
-from minicogview.tokenizer import CHINESE, EOS, PAD, UNK, Tokenizer
+from minicogview.tokenizer import CHINESE, EOS, UNK, Tokenizer
 
 # Every model that we train can spell these, whatever its captions hold.
 ALWAYS_SPELLED = "".join(map(chr, range(33, 127))) + "’“”、。！（），：；？"
@@ -139,7 +139,7 @@ def train_text_tokenizer(
             unk_id=UNK,
             bos_id=1,
             eos_id=EOS,
-            pad_id=PAD,
+            pad_id=PAD_PIECE,
             num_threads=1,
             minloglevel=2,
         )
