@@ -53,7 +53,7 @@ def training_samples(layout: LayoutConfig, seed: int = 0) -> dict[str, Sample]:
 
 
 TASKS = list(training_samples(SMALL))
-LAYOUTS = {"small": SMALL, "toy": TOY.layout}
+LAYOUTS = {"small": SMALL, "toy": TOY.coglm.layout}
 
 
 def loss_rows(sample: Sample) -> list[int]:
@@ -150,7 +150,7 @@ def test_text_to_image_by_hand() -> None:
 
 @pytest.mark.parametrize("second", [False, True])
 def test_what_is_trained_is_what_is_used_for_drawing(second: bool) -> None:
-    layout = TOY.layout
+    layout = TOY.coglm.layout
     sample = masking.text_to_image(make_raw(layout, [[51, 52, 53], [54, 55]], 9), IDS, layout, second)
     text = [4, 5] if second else [0, 1, 2]
     kept = torch.tensor([*text, *range(8, len(sample.tokens))])  # the chosen text, start token, picture
@@ -184,7 +184,7 @@ def test_image_to_text_by_hand() -> None:
 
 
 def test_caption_scoring_is_captioning_in_another_order() -> None:
-    layout, text = TOY.layout, [51, 52, 53, 54]
+    layout, text = TOY.coglm.layout, [51, 52, 53, 54]
     trained = masking.image_to_text(make_raw(layout, [text], 5), IDS, layout, [IDS.boe], [])
     order = torch.tensor([*range(5, 5 + layout.n_image), *range(5)])  # picture first
     scored = masking.caption_scoring(trained.tokens[5:], torch.tensor(text), IDS.boe, layout)

@@ -122,7 +122,7 @@ def test_small_model_of_the_original_structure() -> None:
 def test_toy_agrees_with_its_preset(toy: Tokenizer) -> None:
     assert toy.n_text == TOY.n_text_pieces
     assert toy.vocab_size == TOY.coglm.transformer.vocab_size
-    assert dataclasses.asdict(TOY.ids) == {name: getattr(toy, name) for name in ("pad", "boi", "boe", "boc")}
+    assert dataclasses.asdict(TOY.coglm.ids) == {name: getattr(toy, name) for name in ("pad", "boi", "boe", "boc")}
     assert (toy.unk, toy.eos, toy.pad) == (1024, 1026, 1027)
     assert [toy.token(i) for i in (17, toy.pad, toy.boi)] == ["picture 17", "<pad>", "<start_of_image>"]
 

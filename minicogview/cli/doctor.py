@@ -179,4 +179,4 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def line(title: str, said: str) -> str:
     """One row of the report."""
-    return f"  {title:26}{said}"
+    return f"  {title:28}{said}"
