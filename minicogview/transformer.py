@@ -234,9 +234,9 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for so many rows and tokens, on this model's device and in its number format."""
-        table, n_heads = self.token_embedding.weight, cast(Block, self.layers[0]).attention.n_heads
-        return KVCache(self.config, batch, max_len, table.device, table.dtype, n_heads)
+        """An empty cache for so many rows and tokens, on this model's device and in the number format it computes in."""
+        like, n_heads = cast(Tensor, self.final_norm.weight), cast(Block, self.layers[0]).attention.n_heads
+        return KVCache(self.config, batch, max_len, like.device, like.dtype, n_heads)
 
     def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
         """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""

@@ -34,9 +34,9 @@ def import_weights(
     sizes = get_preset(preset)
     check_folder(target)
     from minicogview.checkpoints.importing import import_released
-    from minicogview.scale.plan import parse_dtype
+    from minicogview.scale.machine import parse_dtype
 
-    number = None if dtype == "released" else parse_dtype(dtype, 0)
+    number = None if dtype == "released" else parse_dtype(dtype)
     with bytes_bar(hidden=json) as on_step:
         report = import_released(source, target, sizes, on_step, dtype=number)
     return show(
