@@ -185,7 +185,6 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.identity = ""  # tells these weights from others, where their file says so
         self.walk: Callable[[Iterable[Any]], Iterable[Any]] = iter  # in which way the layers are visited
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_positions, config.d_model)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from minicogview.checkpoints.files import (
     has_weights,
-    identity,
     load_config,
     load_into,
     load_part,
     load_weights,
+    remember_identity,
     same_as_coglm,
     stored_dtype,
 )
@@ -134,7 +134,7 @@ def load_stages(folder: Path, plan: Plan) -> Stages:
     files = {name: folder / f"{name}.safetensors" for name in STAGES}
     with torch.device("meta"):
         coglm = CogLM(load_config(files["coglm"], "coglm")).eval()
-    coglm.transformer.identity = identity(files["coglm"])
+    remember_identity(coglm.transformer, files["coglm"])
     stages = [Stage("coglm", coglm.transformer, coglm, plan.coglm)]
     direct = iterative = None
     if has_weights(files["direct"]):
