@@ -155,7 +155,8 @@ def machine(preset: Preset | None) -> list[str]:
             continue
         if str(plan) != said:
             said = str(plan)
-            lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {least_time(preset, plan, read, multiply)}"))
+            seconds = least_time(preset, plan, read, multiply)
+            lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {seconds}"))
     return lines
 
 
@@ -169,7 +170,8 @@ def format_here() -> str:
 
 def least_time(preset: Preset, plan: Plan, read: float, multiply: float) -> str:
     """Seconds of one picture if reading weights (bytes a second) and products (operations a second) were all."""
-    stages, sizes = costs(preset)["stages"], Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)
+    sizes = Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)
+    stages = costs(preset)["stages"]
     passes = (stages["direct"]["flops"] + stages["iterative"]["flops"]) / multiply
     if plan.coglm == "disk":
         return "very long: every token reads all layers from the disk"

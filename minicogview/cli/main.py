@@ -115,9 +115,6 @@ def choice(commands: dict[str, Any]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    # Read when torch is loaded: threads without work sleep. Else they spin, and where another program uses the
-    # cores as well, drawing four pictures took 32 seconds of computing instead of 2.4.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a notebook's stream cannot be set up
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
