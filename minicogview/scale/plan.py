@@ -185,7 +185,7 @@ class Sizes:
             extra=0 if direct is None else t.n_layers * own + rows * columns * t.d_model,
             n_layers=t.n_layers,
             draw_picture=2 * t.n_layers * t.d_model * (n_text + 1 + coglm.layout.n_image),
-            fine_picture=20 * rows * columns * t.d_model,
+            fine_picture=15 * rows * columns * t.d_model,
             stages=1 if direct is None else 3 if iterative else 2,
         )
 
