@@ -1,4 +1,4 @@
-"""The picture tokenizer, its training and its measures. Equality with the original: test_parity.py."""
+"""The picture tokenizer, its training and its measures. Equality with the original: parity/test_parity_vqvae.py."""
 
 from __future__ import annotations
 
