@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny import keep_emoji
 
 from minicogview.data.emoji import indices, load_emoji
 from minicogview.evaluation.judge import Judge, sharpness
@@ -42,17 +45,25 @@ def test_the_shipped_weights_draw_what_is_asked(judge: Judge, lang: str) -> None
     assert heldout["same_tone"] > 0.8 and heldout["top1"] > 0.6
 
 
-def test_sharpened_pictures_are_still_what_was_asked(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upsampled_pictures_are_still_what_was_asked(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     # Among the coarse pictures: to encode all 3,139 at 96 pixels takes minutes, and the model card's command does it.
     monkeypatch.setitem(judge.__dict__, "fine_gallery", judge.gallery)
     for stages in range(2, judge.model.n_stages + 1):
         assert judge.retrieval("names", "en", limit=12, stages=stages)["top1"] > 0.7
 
 
-def test_sharpening_beats_bicubic_enlargement(judge: Judge) -> None:
-    for split in ("train", "tokenizer_heldout"):
-        numbers = sharpness(judge.upsampler, judge.tokenizer, split, "en", limit=16)
-        assert numbers["n"] == 16 and numbers["psnr_direct"] > numbers["psnr_bicubic"], split
+@pytest.mark.parametrize("split", ["train", "tokenizer_heldout"])
+def test_super_resolution_beats_bicubic_enlargement(
+    judge: Judge, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means of four pictures: 7 dB and 2 dB better."""
+    unseen = {one.key for one in load_emoji("tokenizer_heldout")}
+    known = [one for one in load_emoji("train") if one.key not in unseen]
+    some = (known if split == "train" else load_emoji(split))[::40]
+    keep_emoji(some[:4], tmp_path, monkeypatch)
+    numbers = sharpness(judge.upsampler, judge.tokenizer, split, "en", limit=16)
+    assert numbers["n"] == 4 and numbers["psnr_direct"] > numbers["psnr_bicubic"]
+    assert numbers["psnr_iterative"] > numbers["psnr_bicubic"]
 
 
 def test_the_same_seed_draws_the_same(judge: Judge) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange, reduce, repeat
+from tiny import keep_emoji
 from torch import Tensor
 
 from minicogview.checkpoints.files import load_vqvae
@@ -247,8 +248,13 @@ def toy() -> VQVAE:
     return load_vqvae(Path(__file__).parents[1] / "minicogview/weights/toy/vqvae.safetensors")
 
 
-def test_the_shipped_tokenizer_keeps_its_promise(toy: VQVAE) -> None:
+def test_the_shipped_tokenizer_keeps_its_promise(
+    toy: VQVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every fourth held-out picture."""
     assert toy.config == get_preset("toy").vqvae
+    keep_emoji(load_emoji("tokenizer_heldout")[::4], tmp_path, monkeypatch)
+    assert tokenizer_psnr(toy, 32)["n"] == 40
     assert tokenizer_psnr(toy, 32)["psnr"] >= 25
     assert tokenizer_psnr(toy, 96)["psnr"] >= 30
 

@@ -1,17 +1,20 @@
-"""A complete system of a few thousand random numbers, for tests of everything around the models."""
+"""Small things to test with: a complete system of a few thousand random numbers, and a few emoji instead of all."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 import minicogview
 from minicogview.checkpoints.files import save_model
 from minicogview.coglm import CogLM
 from minicogview.config import LayoutConfig, SamplingConfig, VQVAEConfig, make_preset
+from minicogview.data import emoji
 from minicogview.vqvae import VQVAE
 
 SHIPPED = Path(minicogview.__file__).parent / "weights" / "toy"
@@ -56,3 +59,11 @@ def write_tiny(folder: Path) -> Path:
     save_model(folder / "coglm.safetensors", coglm, TINY.coglm, "coglm")
     shutil.copyfile(SHIPPED / "text.model", folder / "text.model")
     return folder
+
+
+def keep_emoji(kept: Sequence[emoji.Emoji], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends there are only these emoji, so that only these are drawn, into a cache in ``folder``."""
+    keys = {one.key for one in kept}
+    rows = tuple(row for row in emoji._rows() if row[0].key in keys)
+    monkeypatch.setattr(emoji, "_rows", lambda: rows)
+    monkeypatch.setenv("MINICOGVIEW_CACHE", str(folder))
