@@ -1,4 +1,4 @@
-"""CogLM on tiny random weights: the loop that fills, and the tasks built on it."""
+"""CogLM on tiny random weights: the loop that generates tokens, and the tasks that are built on it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def greedy(rows: int) -> Sampler:
 
 
 def test_drawing_equals_the_uncached_argmax(model: CogLM) -> None:
-    """Every token must be the likeliest one under a plain forward pass over all tokens before it."""
+    """Every token must be the likeliest one by a plain forward pass over all the tokens before it."""
     codes = model.generate([TEXT], greedy(1)).tokens[0]
     tokens = torch.tensor([[*TEXT, IDS.boi, *codes.tolist()]])
     positions, mask = masking.inference(len(TEXT), tokens.shape[1], LAYOUT)

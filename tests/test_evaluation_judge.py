@@ -23,7 +23,7 @@ def test_true_pictures_are_found_and_wrong_ones_are_not(judge: Judge) -> None:
     ranks, nearest = judge.ranks(judge.codes[targets], targets)
     assert (ranks == 0).all()
     same = (judge.codes[nearest] == judge.codes[targets]).all(1)
-    assert same.float().mean() > 0.95  # others are drawn alike by two codes
+    assert same.float().mean() > 0.95  # the rest: other codes that decode to the same picture
     ranks, _ = judge.ranks(judge.codes[targets.roll(1)], targets)
     assert (ranks > 0).float().mean() > 0.95
 
@@ -38,15 +38,15 @@ def test_identical_drawings_both_count(judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_the_shipped_weights_draw_what_is_asked(judge: Judge, lang: str) -> None:
+def test_the_shipped_weights_draw_what_the_text_says(judge: Judge, lang: str) -> None:
     """Far below the model card's numbers, far above chance (1 in 3,139)."""
     assert judge.retrieval("names", lang, limit=48)["top1"] > 0.8
     heldout = judge.retrieval("heldout", lang, limit=48)
     assert heldout["same_tone"] > 0.8 and heldout["top1"] > 0.6
 
 
-def test_upsampled_pictures_are_still_what_was_asked(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Among the coarse pictures: to encode all 3,139 at 96 pixels takes minutes, and the model card's command does it.
+def test_upsampled_pictures_still_show_what_the_text_says(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compared with coarse pictures: encoding all 3,139 at 96 pixels takes minutes; the model card's command does that.
     monkeypatch.setitem(judge.__dict__, "fine_gallery", judge.gallery)
     for stages in range(2, judge.model.n_stages + 1):
         assert judge.retrieval("names", "en", limit=12, stages=stages)["top1"] > 0.7

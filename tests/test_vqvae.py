@@ -39,7 +39,7 @@ def tiny() -> VQVAE:
 
 
 def mosaics(n: int = 64, size: int = 16) -> Tensor:
-    """Pictures (N, 3, S, S) uint8 whose 4x4 cells have one of 8 plain colours: what a tiny model learns in seconds."""
+    """Pictures (N, 3, S, S) uint8 whose 4x4 cells each have one of 8 colours: a tiny model learns them in seconds."""
     generator = torch.Generator().manual_seed(0)
     palette = torch.randint(0, 256, (8, 3), generator=generator).to(torch.uint8)
     cells = palette[torch.randint(0, 8, (n, size // 4, size // 4), generator=generator)]
@@ -129,7 +129,7 @@ def test_a_row_moves_to_the_mean_of_its_vectors() -> None:
     torch.testing.assert_close(learner.codebook.data, torch.tensor([[3.0, 0.0], [0.0, 1.0]]), atol=1e-3, rtol=0)
 
 
-def test_dead_rows_revive_where_the_codebook_serves_badly() -> None:
+def test_unused_rows_move_to_where_the_error_is_largest() -> None:
     learner = CodebookLearner(torch.nn.Parameter(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), requires_grad=False))
     learner.counts[1] = 0.0
     z = torch.cat([torch.zeros(100, 2), torch.tensor([[0.0, 5.0]])])  # background, and one detail

@@ -39,7 +39,7 @@ TINY = make_preset(
     sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
     direct_sampling=SamplingConfig(temperature=1.0, top_k=8, n_clusters=16),
 )
-# As the toy: fine tokens start from the enlarged picture, and the direct stage has layers of its own.
+# Like the toy: fine tokens start from the enlarged picture, and the direct stage has layers of its own.
 ENLARGED = replace(
     TINY,
     direct=replace(TINY.direct, fine_start="enlarged", own_layers=True),
@@ -48,13 +48,13 @@ ENLARGED = replace(
 
 
 def write_tiny(folder: Path) -> Path:
-    """Write the weights of a random system into ``folder``; always the same ones."""
+    """Write the weights of a random system into ``folder``, the same ones on every call."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     vqvae, coglm = VQVAE(TINY.vqvae), CogLM(TINY.coglm)
     with torch.no_grad():
         for table in (coglm.transformer.token_embedding, coglm.transformer.position_embedding):
-            table.weight.mul_(10)  # so that texts and places matter
+            table.weight.mul_(10)  # so that the text and the position matter
     save_model(folder / "vqvae.safetensors", vqvae, TINY.vqvae, "vqvae")
     save_model(folder / "coglm.safetensors", coglm, TINY.coglm, "coglm")
     shutil.copyfile(SHIPPED / "text.model", folder / "text.model")
