@@ -1,4 +1,4 @@
-"""What 8-bit and 4-bit weights change in models whose logits the original computed: the error is small and known."""
+"""What few bits do to models whose logits the original computed: the error is small, known and not hidden."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_errors_of_the_golden_models(name: str) -> None:
     seen: dict[str, float] = {}
     eight = quantization_error.errors(name, 8, seen.__setitem__)
     four = quantization_error.errors(name, 4)
-    assert eight["unquantised"] < 1e-5  # the models agree with the original before they are quantized
+    assert eight["unquantised"] < 1e-5  # what is compared with is right
     assert 0.003 < eight["matrices"] < 0.006 and 0.06 < four["matrices"] < 0.1
     assert eight["worst_matrix"] == max(seen.values()) and len(seen) >= 8
     assert eight["logits"] < 0.03 and eight["same"] > 0.95
