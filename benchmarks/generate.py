@@ -47,6 +47,8 @@ from minicogview.super_resolution import DirectSR
 
 WAYS = ("memory", "int8", "int4", "disk")
 TEXT = 16  # tokens of the text
+PRODUCT = 3600, 3072, 12288  # rows, inner size and columns of a product as large as one of a layer's
+SUM = 2**27  # numbers of 8 bytes each in a large sum
 
 
 class Enough(Exception):
@@ -61,9 +63,9 @@ def wait(device: str) -> None:
 
 def limits(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a second from memory and from the disk, and operations a second of a large product in ``dtype``."""
-    rows, inner, columns = 3600, 3072, 12288
+    rows, inner, columns = PRODUCT
     a, b = (torch.randn(n, inner, dtype=dtype, device=device) for n in (rows, columns))
-    large = torch.ones(2**27, dtype=torch.int64, device=device)
+    large = torch.ones(SUM, dtype=torch.int64, device=device)
 
     def best(work: Any, rounds: int = 5) -> float:
         times = []

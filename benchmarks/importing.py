@@ -68,12 +68,12 @@ def forget(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_speed(folder: Path, gigabytes: int = 2) -> tuple[float, float]:
+def disk_speed(folder: Path, gigabytes: float = 2) -> tuple[float, float]:
     """Bytes a second written and flushed, and read again."""
     path, block = folder / "speed.bin", os.urandom(2**24)
     start = time.perf_counter()
     with path.open("wb") as file:
-        for _ in range(gigabytes * 64):
+        for _ in range(round(gigabytes * 64)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
