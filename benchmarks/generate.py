@@ -1,17 +1,18 @@
-"""What the stages of a large model cost on this machine: seconds, tokens, memory, and how near they come to its limits.
+"""What the stages of a large model cost on this machine, in seconds and memory, compared with the machine's limits.
 
-Stages: "coglm" is one step of CogLM for a batch of pictures, measured over some steps after the prompt; "direct" and
-"iterative" are one pass of each super-resolution model, sampling included (LoPAR has six passes); "picture" is a whole
-picture under a plan for so much memory, loading left out. Weights: "bf16", "int8" and "int4" are in memory, "disk"
-reads layer after layer. Each row has a process of its own, whose peak memory is its own.
+Stages: "coglm" is one step of CogLM for a batch of pictures, averaged over some steps after the prompt; "direct" and
+"iterative" are one pass of a super-resolution model, including sampling (LoPAR has six passes); "picture" is a whole
+picture under a plan for the given memory, without loading. Weights: "bf16", "int8" and "int4" are in memory; "disk"
+reads one layer after another. Each row is measured in its own process, so that its peak memory is its own.
 
-Limits are measured in the same run: how fast memory is read by a large sum (a GPU's by a large copy), how fast a
-bfloat16 product as large as one of a layer's goes, and how fast the disk is read. A step of drawing can be no faster
-than its weights and cache are read, a pass no faster than its products, or than the disk; "share" is that floor / time.
+Limits are measured in the same run: how fast a large sum reads memory (on a GPU, a large copy), how fast a bfloat16
+matrix product of a layer's size is, and how fast the disk is read. A step of CogLM takes at least as long as reading
+its weights and cache; a pass takes at least as long as its products; both at least as long as reading from the disk.
+This time is the "floor", and "share" is floor / measured time.
 
-    python benchmarks/generate.py FOLDER                             a folder of weights; random ones are written if new
+    python benchmarks/generate.py FOLDER                             of weights; if it is new, random ones are written
     python benchmarks/generate.py FOLDER --device cuda
-    python benchmarks/generate.py FOLDER --stages draw --weights int4 --batches 1 4 --json FILE
+    python benchmarks/generate.py FOLDER --stages coglm --weights int4 --batches 1 4 --json FILE
     python benchmarks/generate.py FOLDER --stages picture --memory 6GB
 """
 
@@ -41,25 +42,26 @@ from minicogview.evaluation.cost import super_resolution_flops
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.sampling import Sampler
+from minicogview.scale.decoding import fast_steps
 from minicogview.scale.plan import BITS, Plan, Sizes
 from minicogview.super_resolution import DirectSR
 
 WAYS: dict[str, Any] = {"bf16": "memory", "int8": "int8", "int4": "int4", "disk": "disk"}
-TEXT = 16  # tokens of the text
+TEXT = 16  # tokens in the prompt
 
 
 class Enough(Exception):
-    """Ends drawing after the steps that are timed."""
+    """Raised to end generation after the steps that are timed."""
 
 
 def wait(device: str) -> None:
-    """Until the device has done its work."""
+    """Wait until the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def limits(folder: Path, device: str) -> dict[str, float]:
-    """Bytes a second from memory and from the disk, and operations a second of a large product."""
+    """Bytes per second from memory and from the disk, and operations per second of a large matrix product."""
     rows, inner, columns = 3600, 3072, 12288
     a, b = (torch.randn(n, inner, dtype=torch.bfloat16, device=device) for n in (rows, columns))
     large = torch.ones(2**27, dtype=torch.int64, device=device)
@@ -74,7 +76,7 @@ def limits(folder: Path, device: str) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    copies = 1 if device == "cpu" else 2  # bytes that a copy reads and writes
+    copies = 1 if device == "cpu" else 2  # a sum only reads, a copy reads and writes
     seconds = best(large.sum if device == "cpu" else large.clone)
     return {
         "memory": copies * large.nbytes / seconds,
@@ -83,9 +85,10 @@ def limits(folder: Path, device: str) -> dict[str, float]:
     }
 
 
-def draw(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float:
-    """Seconds of a step."""
+def one_step(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float:
+    """Seconds of one step of CogLM."""
     model, _, _, offload = load_stages(folder, plan)
+    model.decoding = fast_steps  # as in ``CogView2``
     assert offload is not None
     offload.need("coglm")
     clusters = Clusters.of(torch.arange(preset.coglm.n_codes) % SamplingConfig().n_clusters)
@@ -94,7 +97,7 @@ def draw(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float
     times = []
 
     def on_step(done: int) -> None:
-        if done in (3, 3 + steps):  # the first ones warm up
+        if done in (3, 3 + steps):  # the first three steps are a warm-up
             wait(str(plan.device))
             times.append(time.perf_counter())
         if done == 3 + steps:
@@ -117,7 +120,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
     times = []
     for _ in range(1 if plan.device == "cpu" else 3):
         for file in folder.glob("*-of-*.safetensors"):
-            forget(file)  # of a pass from the disk the disk is a part
+            forget(file)  # so that a pass that streams its weights really reads the disk
         wait(plan.device)
         start = time.perf_counter()
         if stage == "direct":
@@ -130,7 +133,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
 
 
 def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
-    """Seconds of a whole picture, and of its stages."""
+    """Seconds of a whole picture, and of each stage."""
     start = time.perf_counter()
     model = CogView2.from_pretrained(folder, memory=memory, device=device)
     began = {"coglm": time.perf_counter()}
@@ -143,22 +146,24 @@ def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
     return {
         "load_s": began["coglm"] - start,
         "coglm_s": began["coglm last"] - began["coglm"],
-        "direct_s": began["sharpening last"] - began["coglm last"],
-        "iterative_s": began["refining last"] - began["sharpening last"],
+        "direct_s": began["direct last"] - began["coglm last"],
+        "iterative_s": began["iterative last"] - began["direct last"],
         "s": end - began["coglm"],
     }
 
 
 def floor(stage: str, weights: str, batch: int, preset: Any, speed: dict[str, float]) -> float:
-    """Seconds that this machine needs at least."""
+    """The fewest seconds in which this machine could do the work, given its measured limits."""
     sizes = Sizes.of(preset.coglm, preset.direct, True, mapped=True)
     bits = {"bf16": 16.0, "disk": 16.0, **BITS}[weights]
     if stage == "coglm":
-        head, cache = 2 * preset.coglm.n_codes * preset.coglm.transformer.d_model, sizes.draw_picture * batch  # half full
+        head = 2 * preset.coglm.n_codes * preset.coglm.transformer.d_model
+        cache = sizes.draw_picture * batch  # two bytes for each number, half of which are in use on average
         return max((sizes.layers * bits / 8 + head + cache) / speed["memory"], _from_disk(weights, sizes.layers, speed))
     kind, config = (DirectSR, preset.direct) if stage == "direct" else (IterativeSR, preset.iterative)
     layers = sizes.layers + (sizes.extra if stage == "direct" else 0)
-    return max(batch * super_resolution_flops(config, kind, TEXT) / speed["product"], _from_disk(weights, layers, speed))
+    operations = batch * super_resolution_flops(config, kind, TEXT)
+    return max(operations / speed["product"], _from_disk(weights, layers, speed))
 
 
 def _from_disk(weights: str, layers: int, speed: dict[str, float]) -> float:
@@ -166,7 +171,7 @@ def _from_disk(weights: str, layers: int, speed: dict[str, float]) -> float:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One row, as JSON on stdout."""
+    """Measure one row, and print it as JSON."""
     torch.set_num_threads(options.threads)
     preset, (stage, weights, batch) = get_preset(options.preset), options.row
     memory = Memory()
@@ -177,7 +182,7 @@ def worker(options: argparse.Namespace) -> None:
         way = WAYS[weights]
         plan = Plan(way, way, way, True, torch.bfloat16, options.device)
         n = int(batch)
-        work = draw if stage == "coglm" else one_pass
+        work = one_step if stage == "coglm" else one_pass
         row = {"s": work(options.folder, preset, plan, n, options.steps if stage == "coglm" else stage)}
     memory.ended = True
     on_gpu = options.device != "cpu"
@@ -186,7 +191,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, stage: str, weights: str, batch: int) -> dict[str, Any]:
-    """One row in a process of its own; why there is none where it cannot be."""
+    """One row, measured in its own process; if that is impossible, the reason."""
     if options.device != "cpu" and not torch.cuda.is_available():
         return {"not_measured": "no GPU here"}
     command = [sys.executable, __file__, str(options.folder), "--row", stage, weights, str(batch)]
@@ -199,12 +204,12 @@ def measure(options: argparse.Namespace, stage: str, weights: str, batch: int) -
 
 
 def said(value: Any) -> str:
-    """A number with three digits behind the point."""
+    """A value as text; a float has three digits after the decimal point."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
-    """Measure what was asked for, print a row at a time, and write them all."""
+    """Measure all rows that the options ask for, print each, and write them to a file if one is given."""
     parser = argparse.ArgumentParser(description="what the stages of a large model cost on this machine")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="cogview2")
@@ -215,7 +220,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--memory", nargs="+", default=["6GB"])
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="write the rows here; rows that are there already stay")
+    parser.add_argument("--json", type=Path, help="add the rows to this file")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
