@@ -45,6 +45,7 @@ def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(evaluate, "emoji_pictures", noise)
     monkeypatch.setattr("minicogview.training.recipes.emoji_pictures", noise)
+    monkeypatch.setattr("minicogview.data.codes.emoji_pictures", noise)  # what encode_pairs calls
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

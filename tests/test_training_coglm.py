@@ -12,7 +12,7 @@ from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig
 from minicogview.data import shapes
 from minicogview.tokenizer import Tokenizer
-from minicogview.training import fit
+from minicogview.training import RunOptions, Settings, fit
 from minicogview.training.coglm import (
     CogLMData,
     CogLMObjective,
@@ -100,7 +100,7 @@ def test_inputs_of_a_lookalike_leave_the_labels_alone(data: CogLMData) -> None:
     assert changed[:, -16:].float().mean() > 0.2 and not changed[:, :-16].any()
 
 
-def test_words_count_more_than_codes(data: CogLMData) -> None:
+def test_text_tokens_have_a_larger_weight(data: CogLMData) -> None:
     objective = make(data, shares=(0.0, 1.0, 0.0, 0.0))
     batch = objective.batch(0)
     wanted = batch.labels[batch.loss_mask]
@@ -143,7 +143,7 @@ def test_all_tasks_are_learned_together(data: CogLMData, tmp_path) -> None:
     objective = make(data, max_noise=0.05, spread=0.0, lookalike=0.0)
     with torch.no_grad():
         before = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
-    fit(objective, tmp_path, steps=150, lr=3e-3, warmup=10, ema_decay=0.9, progress=False)
+    fit(objective, tmp_path, Settings(steps=150, lr=3e-3, warmup=10, ema_decay=0.9), RunOptions(progress=False))
     with torch.no_grad():
         after = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
     assert after < 0.6 * before

@@ -55,6 +55,13 @@ class Log:
         rates = {f"{key}_per_s": sums.pop(key) / seconds for key in ("tokens", "samples") if key in sums}
         return {key: value / self.counts[key] for key, value in sums.items()} | rates
 
+    def write_means(self, step: int) -> dict[str, float]:
+        """Write a line with the means of the window after ``step`` updates, and begin a new window."""
+        means = self.means()
+        self.write(step, means, "train")
+        self.restart()
+        return means
+
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """One line of scalars, named ``prefix/key``, after ``step`` updates."""
         named = {f"{prefix}/{key}": float(value) for key, value in values.items()}
