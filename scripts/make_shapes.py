@@ -55,7 +55,7 @@ VQVAE_CONFIG = VQVAEConfig(
 )
 LAYOUT = LayoutConfig(max_text=20, grid=GRID, n_patches=2, patch_size=2)
 QUIET = RunOptions(progress=False)
-# First much noise and a large weight on text, then other scenes with little noise: (recipe, steps, learning rate, seed).
+# First much noise and a large weight on text, then other scenes with little noise: (recipe, steps, lr, seed).
 ROUNDS = (
     (CogLMRecipe(max_noise=0.1, lookalike=0.2, n_neighbours=4), 2500, 3e-3, 2),
     (CogLMRecipe(max_noise=0.05, lookalike=0.2, n_neighbours=4, spread=0.0, text_weight=1.0), 3000, 2e-3, 4),

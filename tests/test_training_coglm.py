@@ -27,8 +27,8 @@ from minicogview.training.recipes import TOY_WEIGHTS
 CODES = 16
 
 
-@pytest.fixture(scope="module")
-def data() -> CogLMData:
+def make_data() -> CogLMData:
+    """Twelve pictures of random codes, with captions of scenes."""
     generator = torch.Generator().manual_seed(0)
     tokenizer = Tokenizer(TOY_WEIGHTS / "text.model", CODES)
     scenes = [shapes.random_scene(random.Random(i)) for i in range(12)]
@@ -39,6 +39,11 @@ def data() -> CogLMData:
         lambda i, language: shapes.caption(scenes[i], language),
         tokenizer,
     )
+
+
+@pytest.fixture(scope="module")
+def data() -> CogLMData:
+    return make_data()
 
 
 def make(data: CogLMData, **recipe: object) -> CogLMObjective:
@@ -53,7 +58,7 @@ def make(data: CogLMData, **recipe: object) -> CogLMObjective:
 
 def test_batches_depend_on_seed_and_step_alone(data: CogLMData) -> None:
     one, two = make(data), make(data)
-    two.batch(3)  # another history
+    two.batch(3)  # has made another batch before
     for name, value in vars(one.batch(9)).items():
         assert torch.equal(value, getattr(two.batch(9), name)), name
     assert not torch.equal(one.batch(9).tokens, make(data, seed=1).batch(9).tokens)

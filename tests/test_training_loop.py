@@ -26,7 +26,7 @@ OPTIONS = RunOptions(log_every=4, save_every=5, progress=False, device="cpu")
 
 
 class Regression:
-    """A small noisy regression with dropout (so that the random state matters) and state of its own."""
+    """A small regression with dropout, for which the random state matters, and with further state of its own."""
 
     def __init__(self, width: int = 32, pause: float = 0.0) -> None:
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_learns_and_reports(tmp_path):
     losses = [line["train/loss"] for line in log if "train/loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     assert log[0]["train/samples_per_s"] > 0 and log[0]["train/rmse"] > 0
-    # The model is left with the averaged weights, those that were validated.
+    # The model is left with the averaged weights, which were also those that were validated.
     objective.model.eval()
     with torch.no_grad():
         assert objective.validate()["mse"] == summary["validation"]["mse"]
@@ -102,7 +102,7 @@ def test_resume_after_time_limit_is_exact(tmp_path, precision, optimizer):
     assert summary["finished"] and summary["start"] == SETTINGS.steps - 1
     assert_same_weights(whole.model, parts.model)
     assert torch.equal(whole.seen, parts.seen)
-    again, summary = run(tmp_path / "parts", **how)  # a finished run gives its weights at once
+    again, summary = run(tmp_path / "parts", **how)  # a finished run returns its weights at once
     assert summary["start"] == SETTINGS.steps and summary["finished"]
     assert_same_weights(whole.model, again.model)
 
@@ -138,7 +138,7 @@ def test_resume_after_sigkill_is_exact(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     with open(killed / "log.jsonl", "a") as file:
-        file.write('{"step": 13, "tra')  # as a kill within a write leaves it
+        file.write('{"step": 13, "tra')  # as a kill during a write leaves it
     (killed / "checkpoint.tmp").write_bytes(b"half a checkpoint")
 
     resumed, summary = run(killed)

@@ -31,8 +31,7 @@ class Words(Tokenizer):
         return [CODES + ord(character) % 20 for character in text]
 
 
-@pytest.fixture(scope="module")
-def pairs() -> Pairs:
+def make_pairs() -> Pairs:
     """Each coarse code stands for one 3 x 3 block of fine codes: something that can be learned."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(8, (6, 4, 4), generator=generator)
@@ -40,6 +39,11 @@ def pairs() -> Pairs:
     fine = blocks[coarse].permute(0, 1, 3, 2, 4).reshape(6, 144)
     words = Words(TOY_WEIGHTS / "text.model", CODES)
     return Pairs(coarse.flatten(1), fine, lambda i, language, rng: f"{language}{i}", words)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return make_pairs()
 
 
 def direct_objective(pairs: Pairs, **options: bool) -> DirectObjective:
@@ -124,7 +128,7 @@ def test_weights_come_back_and_a_foreign_base_is_refused(tmp_path: Path) -> None
     model = DirectSR(tiny_config())
     with torch.no_grad():
         model.fine_position.weight.normal_()
-    model.half().float()  # what a file keeps
+    model.half().float()  # the precision of a file
     save_direct(tmp_path / "direct.safetensors", model)
     back = load_direct(tmp_path / "direct.safetensors", model.base)
     assert back.base is model.base and torch.equal(back.fine_position.weight, model.fine_position.weight)

@@ -242,17 +242,18 @@ class Run:
 
 
 def compile_in_place(objective: Objective) -> None:
-    """Compile what ``loss`` calls, the model itself; its parameters keep their names, and the objective its reference.
+    """Compile the model, which ``loss`` calls; its parameters keep their names, and the objective its reference.
 
     Raises:
-        MiniCogViewError: if the objective calls parts of its model only, so that nothing would ever be compiled.
+        MiniCogViewError: if this would compile nothing, because ``loss`` calls parts of the model and not the model.
     """
-    model = objective.model
+    model, reason = objective.model, ""
     if getattr(objective, "calls_parts", False) or type(model).forward is nn.Module.forward:
-        raise MiniCogViewError(
-            f"{type(objective).__name__} calls parts of its model, which has no forward pass to compile: "
-            "train it without compile"
-        )
+        reason = "its loss calls parts of the model"
+    elif type(model).__module__.startswith("torch."):
+        reason = f"torch does not compile its own {type(model).__name__}, only a class around it"
+    if reason:
+        raise MiniCogViewError(f"{type(objective).__name__} cannot be compiled ({reason}): train it without compile")
     model.compile()
 
 

@@ -30,7 +30,7 @@ from minicogview.training.super_resolution import (
 
 
 def draw_mask(grid: tuple[int, int], schedule: Schedule, rng: np.random.Generator) -> Tensor:
-    """Cells to predict (rows, columns) bool, at least one: a randomly shifted round of the schedule, or random cells."""
+    """Cells to predict, (rows, columns) bool: a randomly shifted round of the schedule, or at least one random cell."""
     if rng.random() < 0.5:
         mask = schedule.masked(int(rng.integers(schedule.n_rounds)) + 1, grid)
         return mask.roll(tuple(rng.integers(len(schedule.tile), size=2).tolist()), (0, 1))
