@@ -22,7 +22,7 @@ docs/notes.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,23 +40,26 @@ from minicogview.windows import Coarse
 CellSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (B, S, V), cells (S,)) -> (B, S) codes
 Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, low, fine -> what attention adds to each
 Walk = Callable[[Iterable[Any]], Iterable[Any]]  # in which way the layers are visited
-Slots = tuple[Tensor, Tensor, Tensor]  # what ``text_slots`` returns
 
 
 # --- what both super-resolution stages share ---------------------------------------------------------------------
 
 
+class Slots(NamedTuple):
+    """Texts of several lengths as tensors of one shape, (B, n_slots)."""
+
+    tokens: Tensor  # id 0 where there is no text
+    positions: Tensor  # counted from a text's first token
+    real: Tensor  # bool: slots that hold text
+
+
 def text_slots(texts: Sequence[Sequence[int]] | Slots, n_slots: int) -> Slots:
     """The first ``n_slots`` tokens of each text, moved to the right end of their slots; slots are returned as they are.
 
-    Training hands slots to a model, not texts: ``torch.compile`` would compile it again for each batch's Python lists.
-
-    Returns:
-        tokens (B, n_slots), id 0 where there is no text; positions (B, n_slots), counted from the first token; and
-        which slots hold text (B, n_slots) bool.
+    Training gives slots to a model, not texts: ``torch.compile`` would compile it again for each batch's Python lists.
     """
-    if isinstance(texts, tuple) and isinstance(texts[0], Tensor):
-        return cast(Slots, texts)
+    if isinstance(texts, Slots):
+        return texts
     tokens = torch.zeros(len(texts), n_slots, dtype=torch.long)
     positions, real = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     for row, text in enumerate(texts):
@@ -64,7 +67,7 @@ def text_slots(texts: Sequence[Sequence[int]] | Slots, n_slots: int) -> Slots:
         tokens[row, first:] = torch.tensor(text[:n_slots], dtype=torch.long)
         positions[row, first:] = torch.arange(n_slots - first)
         real[row, first:] = True
-    return tokens, positions, real
+    return Slots(tokens, positions, real)
 
 
 def enlarge(coarse: Tensor, grid: int, factor: int) -> Tensor:
