@@ -1,17 +1,18 @@
 """What the stages of a large model cost on this machine: seconds, tokens, memory, and how near they come to its limits.
 
 Stages: "coglm" is one step of CogLM for a batch of pictures, measured over some steps after the prompt; "direct" and
-"iterative" are one pass of each super-resolution model, sampling included (LoPAR has six passes); "picture" is a whole
-picture under a plan for so much memory, loading left out. Weights: "bf16", "int8" and "int4" are in memory, "disk"
-reads layer after layer. Each row has a process of its own, whose peak memory is its own.
+"iterative" are one pass of each super-resolution model, sampling included (LoPAR has six); "picture" is a whole
+picture under a plan for that much memory, loading left out. Weights: "memory" (as stored), "int8" and "int4" are in
+memory; with "disk" one layer after another is read. Each row has a process of its own, whose peak memory is its own.
 
 Limits are measured in the same run: how fast memory is read by a large sum (a GPU's by a large copy), how fast a
-bfloat16 product as large as one of a layer's goes, and how fast the disk is read. A step of drawing can be no faster
-than its weights and cache are read, a pass no faster than its products, or than the disk; "share" is that floor / time.
+product as large as one of a layer's goes in the number format of the computation, and how fast the disk is read. A step
+of the first stage can be no faster than its weights and cache are read, a pass no faster than its products, or than the
+disk; "share" is that floor / time.
 
     python benchmarks/generate.py FOLDER                             a folder of weights; random ones are written if new
     python benchmarks/generate.py FOLDER --device cuda
-    python benchmarks/generate.py FOLDER --stages draw --weights int4 --batches 1 4 --json FILE
+    python benchmarks/generate.py FOLDER --stages coglm --weights int4 --batches 1 4 --json FILE
     python benchmarks/generate.py FOLDER --stages picture --memory 6GB
 """
 
@@ -41,10 +42,10 @@ from minicogview.evaluation.cost import super_resolution_flops
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.sampling import Sampler
-from minicogview.scale.plan import BITS, Plan, Sizes
+from minicogview.scale.plan import BITS, Formats, Plan, Sizes, choose_formats
 from minicogview.super_resolution import DirectSR
 
-WAYS: dict[str, Any] = {"bf16": "memory", "int8": "int8", "int4": "int4", "disk": "disk"}
+WAYS = ("memory", "int8", "int4", "disk")
 TEXT = 16  # tokens of the text
 
 
@@ -58,10 +59,10 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def limits(folder: Path, device: str) -> dict[str, float]:
-    """Bytes a second from memory and from the disk, and operations a second of a large product."""
+def limits(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes a second from memory and from the disk, and operations a second of a large product in ``dtype``."""
     rows, inner, columns = 3600, 3072, 12288
-    a, b = (torch.randn(n, inner, dtype=torch.bfloat16, device=device) for n in (rows, columns))
+    a, b = (torch.randn(n, inner, dtype=dtype, device=device) for n in (rows, columns))
     large = torch.ones(2**27, dtype=torch.int64, device=device)
 
     def best(work: Any, rounds: int = 5) -> float:
@@ -143,8 +144,8 @@ def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
     return {
         "load_s": began["coglm"] - start,
         "coglm_s": began["coglm last"] - began["coglm"],
-        "direct_s": began["sharpening last"] - began["coglm last"],
-        "iterative_s": began["refining last"] - began["sharpening last"],
+        "direct_s": began["direct last"] - began["coglm last"],
+        "iterative_s": began["iterative last"] - began["direct last"],
         "s": end - began["coglm"],
     }
 
@@ -152,17 +153,26 @@ def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
 def floor(stage: str, weights: str, batch: int, preset: Any, speed: dict[str, float]) -> float:
     """Seconds that this machine needs at least."""
     sizes = Sizes.of(preset.coglm, preset.direct, True, mapped=True)
-    bits = {"bf16": 16.0, "disk": 16.0, **BITS}[weights]
+    bits = BITS.get(weights, 16.0)
     if stage == "coglm":
-        head, cache = 2 * preset.coglm.n_codes * preset.coglm.transformer.d_model, sizes.draw_picture * batch  # half full
+        head = 2 * preset.coglm.n_codes * preset.coglm.transformer.d_model
+        cache = sizes.draw_picture * batch  # half full
         return max((sizes.layers * bits / 8 + head + cache) / speed["memory"], _from_disk(weights, sizes.layers, speed))
     kind, config = (DirectSR, preset.direct) if stage == "direct" else (IterativeSR, preset.iterative)
     layers = sizes.layers + (sizes.extra if stage == "direct" else 0)
-    return max(batch * super_resolution_flops(config, kind, TEXT) / speed["product"], _from_disk(weights, layers, speed))
+    products = batch * super_resolution_flops(config, kind, TEXT) / speed["product"]
+    return max(products, _from_disk(weights, layers, speed))
 
 
 def _from_disk(weights: str, layers: int, speed: dict[str, float]) -> float:
     return 2 * layers / speed["disk"] if weights == "disk" else 0.0
+
+
+def formats_of(options: argparse.Namespace) -> Formats:
+    """The number formats that a plan would choose for these weights on this machine."""
+    preset = get_preset(options.preset)
+    n_parameters = Sizes.of(preset.coglm, preset.direct, True).parameters
+    return choose_formats(options.dtype, n_parameters, options.device, torch.bfloat16)
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -174,8 +184,9 @@ def worker(options: argparse.Namespace) -> None:
     if stage == "picture":
         row = picture(options.folder, weights, options.device)
     else:
-        way = WAYS[weights]
-        plan = Plan(way, way, way, True, torch.bfloat16, options.device)
+        way: Any = weights
+        formats = formats_of(options)
+        plan = Plan(way, way, way, True, formats.dtype, options.device, formats.kept)
         n = int(batch)
         work = draw if stage == "coglm" else one_pass
         row = {"s": work(options.folder, preset, plan, n, options.steps if stage == "coglm" else stage)}
@@ -191,6 +202,7 @@ def measure(options: argparse.Namespace, stage: str, weights: str, batch: int) -
         return {"not_measured": "no GPU here"}
     command = [sys.executable, __file__, str(options.folder), "--row", stage, weights, str(batch)]
     same = ["--preset", options.preset, "--device", options.device, "--threads", str(options.threads)]
+    same += ["--dtype", options.dtype]
     done = subprocess.run([*command, *same, "--steps", str(options.steps)], capture_output=True, text=True)
     if done.returncode:
         return {"not_measured": done.stderr.strip().splitlines()[-1]}
@@ -209,9 +221,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="cogview2")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="number format of the computation")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--stages", nargs="+", default=["coglm", "direct", "iterative", "picture"])
-    parser.add_argument("--weights", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--weights", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--memory", nargs="+", default=["6GB"])
     parser.add_argument("--steps", type=int, default=16)
@@ -225,13 +238,16 @@ def main() -> None:
     write_random(options.folder, preset)
     cpu = options.device == "cpu"
     torch.set_num_threads(options.threads)
-    speed = limits(options.folder, options.device) if cpu or torch.cuda.is_available() else {}
+    formats = formats_of(options)
+    speed = limits(options.folder, options.device, formats.dtype) if cpu or torch.cuda.is_available() else {}
     name = f"{platform.machine()}, {options.threads} threads of {os.cpu_count()}"
     facts = {
         "date": date.today().isoformat(),
         "preset": options.preset,
         "torch": torch.__version__,
         "device": name if cpu else torch.cuda.get_device_name() if speed else "GPU",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "computed_in": str(formats.dtype).removeprefix("torch."),
         **{f"{what}_per_s": value for what, value in speed.items()},
     }
     print(json.dumps(facts))

@@ -230,7 +230,13 @@ class CogLM(nn.Module):
         return Filled(filled.tokens[:, longest + 1 :], filled.scores)
 
     def complete(
-        self, text: list[int], picture: Tensor, region: Tensor, sampler: ChooseTokens, n: int = 1, text_weight: float = 0.0
+        self,
+        text: list[int],
+        picture: Tensor,
+        region: Tensor,
+        sampler: ChooseTokens,
+        n: int = 1,
+        text_weight: float = 0.0,
     ) -> Filled:
         """Fill a hole in a picture, with text and everything around the hole in view.
 

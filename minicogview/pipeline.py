@@ -34,6 +34,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.pictures import Picture, Pictures, to_image
 from minicogview.sampling import Sampler
 from minicogview.scale.decoding import fast_steps
+from minicogview.scale.machine import sleeping_threads
 from minicogview.scale.offload import Offload
 from minicogview.scale.plan import Plan
 from minicogview.tokenizer import Tokenizer
@@ -336,7 +337,8 @@ class CogView2:
         if stages == 1 or upsampler is None:
             return pictures
         texts, tokens = [self.encode(pictures.text)] * len(pictures.tokens), pictures.tokens.flatten(1)
-        after = upsampler.run(texts, tokens, pictures.seeds, stages, on_step, keep)
+        with sleeping_threads(self.coglm):
+            after = upsampler.run(texts, tokens, pictures.seeds, stages, on_step, keep)
         codes = [rearrange(fine, "n (h w) -> n h w", h=upsampler.grid) for fine in after]
         images = [[self.tokenizer.decode_picture(one) for one in part] for part in codes]
         return dataclasses.replace(

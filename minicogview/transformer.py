@@ -185,7 +185,6 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.identity = ""  # tells these weights from others, where their file says so
         self.walk: Callable[[Iterable[Any]], Iterable[Any]] = iter  # in which way the layers are visited
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_positions, config.d_model)
@@ -234,9 +233,9 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for so many rows and tokens, on this model's device and in its number format."""
-        table, n_heads = self.token_embedding.weight, cast(Block, self.layers[0]).attention.n_heads
-        return KVCache(self.config, batch, max_len, table.device, table.dtype, n_heads)
+        """An empty cache for so many rows and tokens, on this model's device and in the number format it computes in."""
+        like, n_heads = cast(Tensor, self.final_norm.weight), cast(Block, self.layers[0]).attention.n_heads
+        return KVCache(self.config, batch, max_len, like.device, like.dtype, n_heads)
 
     def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
         """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""

@@ -1,4 +1,4 @@
-"""Importing the release: the same models come out, equal weights are written once, and nothing half-done is left."""
+"""Importing the release: the same models come out, equal weights are written once, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ITERATIONS = {"coglm": "20000", "direct": "3000", "iterative": "4000"}
 
 
 def write_release(folder: Path, models: dict[str, nn.Module], n_ranks: int = 1) -> None:
-    """What the authors would have uploaded, of the tiny size."""
+    """A release of tiny models in the form of the authors' upload."""
     sizes = TINY.coglm.transformer
     for kind, model in models.items():
         place = folder / MODELS[kind] / ITERATIONS[kind]
@@ -55,7 +55,7 @@ def write_release(folder: Path, models: dict[str, nn.Module], n_ranks: int = 1) 
 def models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     coglm, iterative = CogLM(TINY.coglm), IterativeSR(TINY.iterative)
-    direct = DirectSR(TINY.direct, coglm.transformer)  # CogLM lies frozen inside, as in the original
+    direct = DirectSR(TINY.direct, coglm.transformer)  # on top of a frozen CogLM, as in the original
     for model in (coglm, iterative, direct):
         for parameter in model.parameters():
             parameter.data = parameter.data.half().float()
@@ -101,7 +101,7 @@ def test_the_models_come_out_as_they_went_in(release: Path, models: dict, tmp_pa
 
 
 def test_the_golden_release_comes_through_to_the_bit(tmp_path: Path) -> None:
-    """So what the golden files say about the models holds behind the importer as well."""
+    """So what the golden files prove about the models is also true of imported weights."""
     for kind, place in (("coglm", "coglm/coglm"), ("direct", "sr/cogview2-dsr"), ("iterative", "sr/cogview2-itersr")):
         folder = SatFolder(GOLDEN / place)
         said = folder.sizes
@@ -155,7 +155,7 @@ def test_weights_that_differ_from_coglm_are_kept(models: dict, tmp_path: Path) -
     shared = direct.base.token_embedding.weight, coglm.transformer.token_embedding.weight
     assert shared[0].data_ptr() == shared[1].data_ptr()
     lone = dataclasses.replace(TINY)
-    write_release(tmp_path / "alone", {"direct": changed})  # without CogLM, everything is written
+    write_release(tmp_path / "alone", {"direct": changed})  # without CogLM, all weights are written
     import_released(tmp_path / "alone", tmp_path / "out2", lone)
     assert_same(load_direct(tmp_path / "out2" / "direct.safetensors", coglm.transformer), changed)
 
@@ -195,10 +195,10 @@ def test_the_whole_system_loads_and_draws(release: Path, tmp_path: Path) -> None
     assert np.array_equal(np.load(target / "cluster_label.npy"), labels)
 
 
-# --- stopped, altered, wrong
+# --- interrupted, altered and wrong files
 
 
-def test_a_stopped_import_goes_on(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_import_is_resumed(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_released(release, tmp_path / "whole", TINY, limit=2_000)
     target, saved = tmp_path / "weights", []
 
@@ -267,7 +267,7 @@ def test_wrong_folders_and_a_full_disk(release: Path, tmp_path: Path, monkeypatc
         import_released(release, tmp_path / "out", other)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(importing.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(MiniCogViewError, match=r"has 0\.0 GB free, the weights take 0\.0 GB more: make room"):
+    with pytest.raises(MiniCogViewError, match=r"has 0\.0 GB free, the weights take 0\.0 GB more: free some space"):
         import_released(release, tmp_path / "out", TINY)
     assert not (tmp_path / "out").exists()
     swapped = tmp_path / "swapped"

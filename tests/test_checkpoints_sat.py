@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden" / "coglm" / "coglm"
 
 
 def make_sat(folder: Path, *ranks: object, **beside: object) -> Path:
-    """A checkpoint folder; each rank is a ``module`` dictionary, and ``beside`` lies next to it in the file."""
+    """A checkpoint folder; each rank is a ``module`` dictionary, and ``beside`` is stored next to it in the file."""
     (folder / "10").mkdir(parents=True)
     (folder / "latest").write_text("10\n")
     sizes = {"num_layers": 1, "model_parallel_size": len(ranks)}
@@ -34,10 +34,10 @@ def make_sat(folder: Path, *ranks: object, **beside: object) -> Path:
 
 
 def cut(module: dict[str, Tensor], n_ranks: int) -> list[dict[str, Tensor]]:
-    """The files that the original would write for several GPUs, made by the rules of its layers."""
+    """The ``module`` of every rank that the original would write for several GPUs, by the rules of its layers."""
     ranks: list[dict[str, Tensor]] = [{} for _ in range(n_ranks)]
     for name, value in module.items():
-        if "query_key_value" in name:  # heads are dealt out: each rank has q, k and v of its own ones
+        if "query_key_value" in name:  # each rank has the q, k and v of its own heads
             thirds = [third.chunk(n_ranks) for third in value.chunk(3)]
             parts = [torch.cat([third[i] for third in thirds]) for i in range(n_ranks)]
         elif "dense_h_to_4h" in name or "word_embeddings" in name:
@@ -59,7 +59,7 @@ def test_the_golden_folder_is_read() -> None:
     name = "transformer.layers.2.attention.query_key_value.weight"
     assert folder.shapes[name] == (168, 56) and folder.tensor(name).shape == (168, 56)
     before = folder.tensor(name).clone()
-    folder.let_go(folder.shapes)  # pages come back when they are needed
+    folder.let_go(folder.shapes)  # the file is read again when a tensor is used
     assert torch.equal(folder.tensor(name), before)
 
 
@@ -98,7 +98,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     folder = make_sat(tmp_path / "sat", {"transformer.x": torch.zeros(1000)})
     file = folder / "10" / "mp_rank_00_model_states.pt"
     whole = file.read_bytes()
-    for wrong, message in ((whole[:900], "is damaged or no torch file"), (b"", "is damaged"), (b"hello", "is damaged")):
+    for wrong, message in ((whole[:900], "damaged or not a torch file"), (b"", "is damaged"), (b"hello", "is damaged")):
         file.write_bytes(wrong)
         with pytest.raises(MiniCogViewError, match=message) as caught:
             SatFolder(folder)
@@ -115,7 +115,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_what_training_left_beside_the_weights_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:  # DeepSpeed is there when the file is written, and not when it is read
+    with monkeypatch.context() as patch:  # DeepSpeed is installed when the file is written, but not when it is read
         name = "deepspeed.runtime.fp16.loss_scaler"
         parts = name.split(".")
         for i in range(1, len(parts) + 1):
@@ -148,7 +148,7 @@ class Attack:
 
 
 class Stranger:
-    """A kind that nobody listed."""
+    """A type that is not in the list of harmless ones."""
 
 
 @pytest.mark.parametrize("where", ["module", "beside"])

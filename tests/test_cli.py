@@ -1,4 +1,4 @@
-"""The command line: what it writes and prints, and what it answers to wrong input."""
+"""The command line: what it writes and prints, and how it answers wrong input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options that select the random system; the working folder is empty."""
+    """Options that select the random system, with an empty folder as the working folder."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     return ["--weights", str(weights)]
@@ -37,7 +37,7 @@ def tiny(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
 @pytest.fixture
 def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise in place of the emoji, whose drawing takes too long for another size."""
+    """Noise in place of the emoji, which take too long to render at another size."""
     n = len(load_emoji("all"))
 
     def noise(size: int, progress: bool = True) -> torch.Tensor:
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    """What a command that ends well prints as JSON, and nothing else."""
+    """What a successful command prints as JSON, and that it prints nothing else."""
     status, out, err = run(capsys, *arguments, "--json")
     assert (status, err) == (0, "")
     return json.loads(out)
@@ -106,7 +106,7 @@ def test_sampling_options_reach_the_sampler(tiny: list[str], capsys: pytest.Capt
     options = ["--n", "2", "--temperature", "0", "--top-k", "3", "--guidance", "2"]
     (report,) = run_json(capsys, "generate", "cat", *tiny, *options)
     first, second = (np.array(Image.open(path)) for path in report["files"])
-    assert np.array_equal(first, second)  # without chance
+    assert np.array_equal(first, second)  # the likeliest tokens
 
 
 def test_file_names() -> None:
@@ -201,6 +201,17 @@ def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) ->
         assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("command", ["edit", "vary", "outpaint"])
+def test_wrong_numbers_are_refused_before_weights_are_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = {"edit": ["--box", "0", "0", "1", "1"], "vary": [], "outpaint": ["--margins", "1", "1", "1", "1"]}[command]
+    for option, value in (("--n", "0"), ("--seed", "-1")):
+        status, out, err = run(capsys, command, "cat", "nowhere.png", "--weights", "nowhere", *own, option, value)
+        assert (status, out) == (2, "") and f"{option} is {value}" in err
+
+
 def test_help_is_quick_because_it_loads_no_torch() -> None:
     program = (
         "import sys\nfrom minicogview.cli.main import main\n"
@@ -258,6 +269,46 @@ def test_vary_and_outpaint(tiny: list[str], capsys: pytest.CaptureFixture[str]) 
     assert Image.open(file).size == (13, 12) and Image.open(file).getpixel((8, 8)) == (90, 0, 0)
     status, out, err = run(capsys, "vary", "cat", "photo.png", "--share", "2", *tiny)
     assert (status, out) == (2, "") and "share is 2" in err
+
+
+# --- Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "cat"], "stopped; the pictures of finished texts are saved"),
+        (
+            ["edit", "cat", "photo.png", "--box", "0", "0", "1", "1"],
+            "stopped; pictures are saved only when all are drawn",
+        ),
+        (["evaluate", "retrieval"], "stopped; nothing was saved"),
+        (["import", ".", "out"], "stopped; run the same command again to resume; complete files are kept"),
+        (["train", "vqvae"], "stopped; run the same command again to resume from the last checkpoint"),
+        (["doctor", "toy"], "stopped"),
+        (
+            ["evaluate", "captioning", "--weights=random"],
+            "stopped; nothing was saved; the same command writes the random weights that are still missing",
+        ),
+    ],
+)
+def test_ctrl_c_says_what_is_left(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for work in (
+        "cli.shared.WeightsOptions.load", "cli.doctor.doctor", "checkpoints.importing.import_released",
+        "training.vqvae.train",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"minicogview.{work}", stop)
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, *arguments) == (130, "", f"minicogview: {message}\n")
 
 
 # --- evaluate, train, info
@@ -352,7 +403,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_shipped_toy_from_the_shell(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "minicogview.cli.main", "generate", "a red apple", "猫脸", "--n", "2", "--json"]
+    command = [sys.executable, "-m", "minicogview", "generate", "a red apple", "猫脸", "--n", "2", "--json"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert (ended.returncode, ended.stderr) == (0, "")
     reports = json.loads(ended.stdout)

@@ -83,3 +83,25 @@ def test_a_group_that_cannot_be_read_does_not_count(tmp_path: Path) -> None:
     own.write_text("0::/gone\n")
     assert list(machine.cgroup_rooms(tmp_path, own)) == []
     assert list(machine.cgroup_rooms(tmp_path, tmp_path / "no such file")) == []
+
+
+@pytest.mark.parametrize("first", ["torch", "minicogview"])
+def test_idle_threads_do_not_wait_in_a_loop(first: str) -> None:
+    """With a second thread that spins, drawing and upsampling would take almost twice as much computing as time."""
+    program = f"""
+import {first}, time, torch
+from minicogview import CogView2
+import minicogview
+
+model = CogView2.from_pretrained("toy")
+inside = []
+torch.set_num_threads(2)
+model.coglm.transformer.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
+model.upsampler.direct.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
+model.generate("a red apple", n=1)
+print(minicogview.THREADS_SPIN, set(inside[:-1]), inside[-1], torch.get_num_threads())
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    expected = {"torch": "True {1} 1 2", "minicogview": "False {1} 2 2"}[first]
+    assert ended.stdout.strip() == expected, ended.stderr

@@ -19,12 +19,15 @@ from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.cost import count_parameters
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
-from minicogview.scale.plan import Plan, Sizes, Way, bytes_of, choose_plan, parse_dtype, parse_memory
+from minicogview.scale import plan as plan_module
+from minicogview.scale.plan import Formats, Plan, Sizes, Way, bytes_of, choose_formats, choose_plan, parse_memory
 from minicogview.scale.quantization import Int4ProductLinear, QuantizedLinear
 
 BIG = get_preset("cogview2")
 TOY = SHIPPED / "toy"
 BF16 = torch.bfloat16
+HALF = Formats(BF16, BF16)  # computed in what it is kept in
+PLAIN = Formats(torch.float32, BF16)  # on a CPU that has no bfloat16 instructions
 
 
 def sizes(mapped: bool = True) -> Sizes:
@@ -40,10 +43,11 @@ def test_sizes_are_those_of_the_modules(name: str) -> None:
     assert Sizes.of(preset.coglm, None, iterative=False).stages == 1
 
 
+@pytest.mark.parametrize("formats", [HALF, PLAIN])
 @pytest.mark.parametrize(
     ("gigabytes", "device", "ways", "one_by_one"),
     [
-        (3.5, "cpu", ("disk", "disk", "disk"), False),
+        (4, "cpu", ("disk", "disk", "disk"), False),
         (6, "cpu", ("int4", "disk", "disk"), False),
         (12, "cpu", ("int8", "disk", "disk"), False),
         (24, "cpu", ("memory", "disk", "disk"), False),
@@ -55,32 +59,53 @@ def test_sizes_are_those_of_the_modules(name: str) -> None:
     ],
 )
 def test_what_the_6b_model_does_in_so_much_memory(
-    gigabytes: float, device: str, ways: tuple[Way, Way, Way], one_by_one: bool
+    gigabytes: float, device: str, ways: tuple[Way, Way, Way], one_by_one: bool, formats: Formats
 ) -> None:
-    plan = choose_plan(sizes(device == "cpu"), int(gigabytes * 1e9), BF16, device)
+    plan = choose_plan(sizes(device == "cpu"), int(gigabytes * 1e9), formats, device)
     assert ((plan.coglm, plan.direct, plan.iterative), plan.one_by_one) == (ways, one_by_one)
     assert 0 < plan.needed <= gigabytes * 1e9
-    more = bytes_of((*ways, one_by_one), sizes(device == "cpu"), BF16, plan.batch or 1)
+    more = bytes_of((*ways, one_by_one), sizes(device == "cpu"), formats, plan.batch or 1)
     assert more <= gigabytes * 1e9  # so many pictures side by side fit as well
     assert f"{plan.needed / 1e9:.1f} GB" in str(plan) and device in str(plan)
 
 
+def test_number_formats_follow_what_the_machine_does_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    single, half, large = torch.float32, torch.float16, 6 * 10**9
+    for pays, chosen in ((True, HALF), (False, PLAIN)):
+        monkeypatch.setattr(plan_module, "bfloat16_pays", lambda device, pays=pays: pays)
+        assert choose_formats("auto", large, "cpu", stored=BF16) == chosen
+        assert choose_formats("auto", large, "cpu", stored=single) == chosen
+        assert choose_formats("auto", 10**7, "cpu", stored=half) == (single, single)
+        assert choose_formats("float32", large, "cpu", stored=half) == (single, half)
+        assert choose_formats("float32", large, "cpu", stored=single) == (single, single)
+        assert choose_formats("bfloat16", large, "cpu", stored=half) == HALF
+    assert choose_formats("auto", large, "cuda", stored=half) == (half, half)  # an older GPU
+    assert "float32 with matrices in bfloat16 on cpu" in str(choose_plan(sizes(), 6 * 10**9, PLAIN))
+
+
+def test_memory_that_cannot_be_found_out_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: None)
+    assert parse_memory("auto") is None
+    plan = choose_plan(sizes(), None, HALF)
+    assert plan.coglm == plan.direct == plan.iterative == "memory"
+    assert CogView2.from_pretrained("toy", memory="auto").coglm.device.type == "cpu"
+
+
 def test_more_memory_never_gives_a_smaller_plan() -> None:
-    needed = [choose_plan(sizes(), int(g * 1e9), BF16).needed for g in range(3, 40)]
+    needed = [choose_plan(sizes(), int(g * 1e9), HALF).needed for g in range(3, 40)]
     assert needed == sorted(needed) and len(set(needed)) == 5
 
 
 def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MiniCogViewError, match=r"1.00 GB of memory are not enough: layers from the disk.*about 2\.8"):
-        choose_plan(sizes(), 10**9, BF16)
+        choose_plan(sizes(), 10**9, HALF)
     for wrong in ("6", "lots", "-1GB", "0GB", "GB", "6TB"):
         with pytest.raises(MiniCogViewError, match="auto, or a size such as 6GB"):
             parse_memory(wrong)
     assert [parse_memory(size) for size in ("6GB", "1.5 gb", "80MB")] == [6 * 10**9, 15 * 10**8, 8 * 10**7]
-    assert parse_memory("auto") > 10**8
-    assert parse_dtype("auto", 10**7) == torch.float32 and parse_dtype("auto", 6 * 10**9) == BF16
+    assert (parse_memory("auto") or 10**9) > 10**8
     with pytest.raises(MiniCogViewError, match="choose auto, float32"):
-        parse_dtype("int3", 1)
+        choose_formats("int3", 1, "cpu", BF16)
     out = ["--out", str(tmp_path / "pictures")]
     bad = {"--memory": ("1MB", "not enough"), "--dtype": ("x", "choose auto"), "--device": ("x", "cannot be used here")}
     for option, (value, said) in bad.items():

@@ -1,8 +1,15 @@
 """Weights on disk: safetensors files that describe themselves.
 
-The idea: the configuration is JSON in the file's header, so nothing is guessed from names, and nothing that is loaded
-can run code: safetensors holds only tensors. Large models are cut in several files with an index beside them
-(``checkpoints/shards.py``); the released checkpoints are read by ``checkpoints/sat.py``.
+The idea: the header of a file holds the model's configuration as JSON, so nothing is guessed from file names. A
+safetensors file holds tensors and text alone, so loading one cannot run code.
+
+Every function takes the path of a single file such as ``coglm.safetensors``. Where a large model was cut into several
+files with an index beside them (``checkpoints/shards.py``), the same path stands for all of them. ``load_weights``
+reads a file, ``load_into`` puts its weights into a model, and ``load_vqvae`` and ``load_coglm`` do both.
+
+A super-resolution stage may share weights with CogLM; these are stored in CogLM's file alone. ``load_part`` reads such
+a stage with all of its weights, and ``load_direct`` and ``load_iterative`` build the model. The released checkpoints
+are read by ``checkpoints/sat.py``.
 """
 
 from __future__ import annotations
@@ -11,9 +18,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,25 +30,26 @@ from torch import Tensor, nn
 
 from minicogview.checkpoints.shards import INDEX, Shards
 from minicogview.coglm import CogLM
-from minicogview.config import (
-    CogLMConfig,
-    SuperResolutionConfig,
-    VQVAEConfig,
-    from_json,
-    to_json,
-)
+from minicogview.config import CogLMConfig, SuperResolutionConfig, VQVAEConfig, from_json, to_json
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.super_resolution import DirectSR
 from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
 
+STAGES = ("coglm", "direct", "iterative")
 CONFIG_TYPES = {
     "coglm": CogLMConfig,
     "vqvae": VQVAEConfig,
     "direct": SuperResolutionConfig,
     "iterative": SuperResolutionConfig,
 }
+# The files in a folder of weights, by the part of the system that they hold.
+FILES = {kind: f"{kind}.safetensors" for kind in CONFIG_TYPES} | {"text": "text.model", "labels": "cluster_label.npy"}
+
+
+# --- files
+
 
 def save_model(
     path: str | Path,
@@ -55,8 +64,8 @@ def save_model(
 
     Args:
         kind: one of CONFIG_TYPES: which configuration class the file carries.
-        dtype: type of the stored floating-point numbers.
-        leave_out: weights whose names start so stand in another file.
+        dtype: of the stored floating-point weights.
+        leave_out: prefix of the weights that are stored in another file.
         facts: further text for the file's header.
     """
     path = Path(path)
@@ -68,13 +77,22 @@ def save_model(
     }
     part = path.with_name(path.name + ".part")
     save_file(state, part, metadata={"kind": kind, "config": to_json(config), **facts})
-    part.chmod(0o644)  # safetensors leaves it readable by its owner alone
+    part.chmod(0o644)  # safetensors makes it readable for its owner alone
     os.replace(part, path)
+
+
+def has_weights(path: str | Path) -> bool:
+    """Whether there is such a weight file, or an index of several in its place."""
+    return Path(path).is_file() or Path(path).with_suffix(INDEX).is_file()
 
 
 @contextlib.contextmanager
 def open_weights(path: str | Path) -> Iterator[Any]:
-    """A weight file, opened, or several with an index; a clear error if it is missing or damaged, now or later."""
+    """An open weight file, or the files of an index as if they were one, with the methods of ``safe_open``.
+
+    Raises:
+        MiniCogViewError: if the file is missing, or turns out to be damaged now or while it is being read.
+    """
     path = Path(path)
     index = path.with_suffix(INDEX)
     if not path.is_file() and index.is_file():
@@ -89,18 +107,22 @@ def open_weights(path: str | Path) -> Iterator[Any]:
         raise MiniCogViewError(f"weight file {path} is damaged ({error}): get it again") from None
 
 
-def load_config(path: str | Path, kind: str) -> Any:
-    """The configuration in a file that ``save_model`` wrote, without the weights; raises as ``load_weights`` does."""
+def load_header(path: str | Path, kind: str) -> dict[str, str]:
+    """The text in a file's header: the ``kind`` of model, its ``config`` as JSON, and further facts.
+
+    Raises:
+        MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
+    """
     with open_weights(path) as file:
-        metadata = file.metadata() or {}
-    if metadata.get("kind") != kind or "config" not in metadata:
-        raise MiniCogViewError(f"weight file {path} holds {metadata.get('kind')!r}, expected {kind!r}")
-    return from_json(CONFIG_TYPES[kind], metadata["config"])
+        header: dict[str, str] = file.metadata() or {}
+    if header.get("kind") != kind or "config" not in header:
+        raise MiniCogViewError(f"weight file {path} holds {header.get('kind')!r}, expected {kind!r}")
+    return header
 
 
-def has_weights(path: str | Path) -> bool:
-    """Whether there is such a weight file, or several with an index in its place."""
-    return Path(path).is_file() or Path(path).with_suffix(INDEX).is_file()
+def load_config(path: str | Path, kind: str) -> Any:
+    """The configuration in a file's header, without reading the weights; raises as ``load_header`` does."""
+    return from_json(CONFIG_TYPES[kind], load_header(path, kind)["config"])
 
 
 def load_weights(
@@ -109,10 +131,10 @@ def load_weights(
     """Configuration and weights of a file that ``save_model`` or ``minicogview import`` wrote.
 
     Args:
-        dtype: of the floating-point weights; None leaves them as they are stored, mapped into memory and not read.
+        dtype: of the floating-point weights; None leaves them as they are stored, memory-mapped and not yet read.
 
     Raises:
-        MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
+        MiniCogViewError: as ``load_header`` does.
     """
     config = load_config(path, kind)
     with open_weights(path) as file:
@@ -120,11 +142,25 @@ def load_weights(
     return config, {k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype of the weights in a file, which all of them have."""
+    with open_weights(path) as file:
+        name = next(name for name in file.keys() if name.endswith("norm.weight"))  # noqa: SIM118 (not a dict)
+        return cast(Tensor, file.get_tensor(name)).dtype
+
+
+# --- models that share no weights
+
+
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
-    """Put weights into a model, refusing missing or unexpected names and wrong shapes by name.
+    """Put weights into a model.
 
     Args:
-        assign: make these very tensors the model's own, instead of copying them.
+        source: where the weights come from, for the error message.
+        assign: make these very tensors the model's own instead of copying them.
+
+    Raises:
+        MiniCogViewError: with the names of missing and unexpected weights, and of those that have the wrong shape.
     """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -152,96 +188,111 @@ def load_coglm(path: str | Path, dtype: torch.dtype | None = torch.float32) -> C
     with torch.device("meta"):
         model = CogLM(config).eval()
     load_into(model, state, path, assign=True)
-    model.transformer.identity = identity(path)
+    remember_identity(model.transformer, path)
     return model
 
 
+# --- which CogLM a super-resolution stage was trained on
+
+_identities: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of models whose weights came from an index
+
+
 def identity(path: str | Path) -> str:
-    """What tells the weights of an index from others, by its checksums; empty for a single file."""
+    """What tells the weights of an index from others: a hash of its checksums. It is empty for a single file."""
     index = Path(path).with_suffix(INDEX)
     return hashlib.sha256(json.dumps(Shards(index).sha256).encode()).hexdigest()[:16] if index.is_file() else ""
 
 
+def remember_identity(model: nn.Module, path: str | Path) -> None:
+    """Note which file a model's weights come from, so that ``fingerprint`` need not read gigabytes of them."""
+    if known := identity(path):
+        _identities[model] = known
+
+
 def fingerprint(model: Transformer) -> str:
-    """What tells one set of weights from another: a hash of them, rounded to half precision as files keep them."""
-    return model.identity or fingerprint_of(model.state_dict())
+    """What tells a transformer's weights from others: the identity of their index, or else a hash of all numbers."""
+    return _identities.get(model) or fingerprint_of(model.state_dict())
 
 
 def fingerprint_of(state: dict[str, Tensor]) -> str:
-    """The same from the weights alone."""
+    """A hash of weights, rounded to half precision as files keep them."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def stored_dtype(path: str | Path) -> torch.dtype:
-    """Number format of the weights in a file, which is one for all."""
-    with open_weights(path) as file:
-        name = next(name for name in file.keys() if name.endswith("norm.weight"))  # noqa: SIM118 (not a dict)
-        return cast(Tensor, file.get_tensor(name)).dtype
+# --- stages that share weights with CogLM
+
+
+def sharing_facts(names: Sequence[str], coglm: Path) -> dict[str, str]:
+    """Facts for the header of a stage whose weights of these names are stored in CogLM's file, an index, alone."""
+    return {"same_as_coglm": json.dumps(names), "base": identity(coglm)}
 
 
 def same_as_coglm(path: str | Path, coglm: CogLM) -> list[str]:
-    """Names of the weights of a super-resolution stage that only CogLM's file has."""
+    """Names of the weights of a super-resolution stage that are stored in CogLM's file alone."""
     with open_weights(path) as file:
-        facts = file.metadata()
-    return _shared(facts, coglm.transformer.state_dict()) if facts.get("base") else []
+        return _shared_names(file.metadata(), coglm.transformer.state_dict())
 
 
-def _shared(facts: dict[str, str], transformer: Iterable[str]) -> list[str]:
-    """Names of the shared weights by a file's header; without a list there, those of CogLM's whole transformer."""
-    if "same_as_coglm" in facts:
-        return cast(list[str], json.loads(facts["same_as_coglm"]))
+def _shared_names(header: dict[str, str], transformer: Iterable[str]) -> list[str]:
+    """Names of the shared weights by a stage's header; without a list there, those of CogLM's whole transformer."""
+    if not header.get("base"):
+        return []
+    if "same_as_coglm" in header:
+        return cast(list[str], json.loads(header["same_as_coglm"]))
     return [f"base.{name}" for name in transformer]
 
 
 def save_direct(path: str | Path, model: DirectSR) -> None:
-    """Write what ``DirectSR`` has beside CogLM's transformer; that one stays in CogLM's file."""
+    """Write the weights of ``DirectSR`` without those of CogLM's transformer, which are in CogLM's file."""
     save_model(path, model, model.config, "direct", leave_out="base.", base=fingerprint(model.base))
 
 
 def load_part(
     path: str | Path, kind: str, base: Transformer | Path | None, dtype: torch.dtype | None = torch.float32
 ) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
-    """Configuration and weights of a super-resolution stage, those included that only CogLM's file has.
+    """Configuration and all weights of a super-resolution stage, including those that are stored in CogLM's file.
 
     Args:
-        base: CogLM's transformer, for a stage that shares weights with it; or its file, to read these from there.
+        base: CogLM's transformer, or its file: where the shared weights are taken from.
 
     Raises:
-        MiniCogViewError: as ``load_weights`` does; or if it belongs to other weights of CogLM.
+        MiniCogViewError: as ``load_weights`` does; or if the stage was trained on top of another CogLM.
     """
     config, state = load_weights(path, kind, dtype)
-    with open_weights(path) as file:
-        facts = file.metadata()
-    if not facts.get("base"):
+    header = load_header(path, kind)
+    if not header.get("base"):
         return config, state
     weights: dict[str, Tensor] = {}
+    known = ""
     if isinstance(base, Path):
-        _, of_file = load_weights(base, "coglm", dtype)
-        weights = {name.removeprefix("transformer."): value for name, value in of_file.items()}
+        _, coglm = load_weights(base, "coglm", dtype)
+        weights = {name.removeprefix("transformer."): value for name, value in coglm.items()}
         known = identity(base) or fingerprint_of(weights)
-    elif base is not None and base.config == config.coglm.transformer:
+    elif base is not None:
         weights, known = base.state_dict(), fingerprint(base)
-    if not weights or facts["base"] != known:
-        raise MiniCogViewError(f"{path} was trained on top of another coglm.safetensors: train it again, or get both")
-    return config, state | {name: weights[name.removeprefix("base.")] for name in _shared(facts, weights)}
+    if header["base"] != known:
+        raise MiniCogViewError(
+            f"{path} was trained on top of another coglm.safetensors: train it again, or get both files from one source"
+        )
+    return config, state | {name: weights[name.removeprefix("base.")] for name in _shared_names(header, weights)}
 
 
 def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None = torch.float32) -> DirectSR:
-    """Direct super-resolution on top of CogLM's transformer, in eval mode.
+    """The direct stage on top of CogLM's transformer, in eval mode.
 
-    The transformer is shared as a whole where all of its weights are CogLM's, and else weight by weight.
+    If all of the transformer's weights are shared, so is the module; otherwise the two models share single tensors.
 
     Raises:
         MiniCogViewError: as ``load_part`` and ``load_into`` do.
     """
     config, state = load_part(path, "direct", base, dtype)
-    own = {f"base.{name}": value.data_ptr() for name, value in base.state_dict().items()}
-    shared = all(name in state and state[name].data_ptr() == place for name, place in own.items())
+    own = base.state_dict()
+    whole = {f"base.{name}" for name in own} <= set(_shared_names(load_header(path, "direct"), own))
     with torch.device("meta"):
-        model = DirectSR(config, base if shared else None).eval()
+        model = DirectSR(config, base if whole else None).eval()
     load_into(model, state, path, assign=True)
     return model
 
@@ -249,7 +300,7 @@ def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None =
 def load_iterative(
     path: str | Path, base: Transformer | None = None, dtype: torch.dtype | None = torch.float32
 ) -> IterativeSR:
-    """Iterative super-resolution, in eval mode; raises as ``load_part`` and ``load_into`` do."""
+    """The iterative stage, in eval mode; raises as ``load_part`` and ``load_into`` do."""
     config, state = load_part(path, "iterative", base, dtype)
     with torch.device("meta"):
         model = IterativeSR(config).eval()

@@ -1,11 +1,12 @@
 """``minicogview import``: the released folders as safetensors files that this package loads.
 
 The idea: everything is checked before anything is written: which parts are there, whether their names and shapes are
-those of the models, whether the disk has room. Then one tensor after another is taken from the mapped files, given our
-name, and written; so the memory in use stays small, whatever the size of the model. What is stopped goes on later.
+those of the models, and whether the disk has room. Then one tensor after another is taken from the memory-mapped files,
+given our name, and written, so memory use stays small for a model of any size. The same call resumes an interrupted
+import.
 
-Weights of the super-resolution models that are equal to CogLM's are not written again: the direct model's authors kept
-CogLM frozen inside of it.
+Weights of the super-resolution models that are equal to CogLM's are not written again: the authors kept CogLM frozen
+inside the direct stage.
 
 Mirrors: the folders of the official release, ``coglm``, ``cogview2-dsr`` and ``cogview2-itersr``, ``ice_image.pt`` and
 ``ice_text.model``, and the cluster labels of its sampler.
@@ -14,7 +15,6 @@ Mirrors: the folders of the official release, ``coglm``, ``cogview2-dsr`` and ``
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minicogview.checkpoints.files import identity, save_model
+from minicogview.checkpoints.files import FILES, save_model, sharing_facts
 from minicogview.checkpoints.sat import SatFolder, open_torch_file, sat_config, sat_to_ours
 from minicogview.checkpoints.shards import LIMIT, OnStep, free_room, n_bytes, write_shards
 from minicogview.clusters import load_labels
@@ -33,22 +33,24 @@ from minicogview.config import CogLMConfig, Preset, to_json
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.super_resolution import DirectSR
-from minicogview.vqvae import from_official
+from minicogview.vqvae import VQVAE, from_official
 
-MODELS = {"coglm": "coglm", "direct": "cogview2-dsr", "iterative": "cogview2-itersr"}  # ours: the release's folder
-PICTURES, TEXT, LABELS = "ice_image.pt", "ice_text.model", "cluster_label.npy"
+# Our name of each part of the system: the name of its folder or file in the release.
+MODELS = {"coglm": "coglm", "direct": "cogview2-dsr", "iterative": "cogview2-itersr"}
+PICTURES, TEXT = "ice_image.pt", "ice_text.model"
+RELEASED = {**MODELS, "vqvae": PICTURES, "text": TEXT, "labels": "cluster_label.npy"}
 
 
 @dataclass
 class Source:
-    """One released model, checked: what is written under which name, and what CogLM's file already has."""
+    """One released model that was checked: which weights to write under which names, and which CogLM's file has."""
 
     kind: str
     folder: SatFolder
     config: Any
-    names: dict[str, str]  # ours: the release's
-    same: list[str] = dataclasses.field(default_factory=list)  # ours, not written: equal to CogLM's
-    dtype: torch.dtype | None = None  # to write; None: as released
+    names: dict[str, str]  # our name: the release's
+    same: list[str] = dataclasses.field(default_factory=list)  # our names of those equal to CogLM's: not written
+    dtype: torch.dtype | None = None  # of the written weights; None: as released
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every weight that is written."""
@@ -65,8 +67,17 @@ class Source:
         return self.folder.tensor(self.names[ours]).to(self.dtype)
 
 
+def find_parts(source: Path) -> dict[str, Path]:
+    """Which parts of the release a folder has, by our names of them."""
+    paths = {part: source / name for part, name in RELEASED.items()}
+    return {part: path for part, path in paths.items() if (path.is_dir() if part in MODELS else path.is_file())}
+
+
+# --- checks, before anything is written
+
+
 def our_name(kind: str, theirs: str) -> str:
-    """Name of a released parameter in the model of this kind; raises as ``sat_to_ours`` does."""
+    """Our name of a released parameter of a model of this kind; raises as ``sat_to_ours`` does."""
     prefix = "" if theirs.startswith("mixins.") else "transformer." if kind == "coglm" else "base."
     return prefix + sat_to_ours(theirs)
 
@@ -81,11 +92,11 @@ def build(kind: str, coglm: CogLMConfig, preset: Preset) -> tuple[nn.Module, Any
 
 
 def check_source(kind: str, folder: SatFolder, preset: Preset) -> Source:
-    """Whether a released folder is what its name says, before anything is written.
+    """A released folder, after making sure that it holds the model that its name promises.
 
     Raises:
-        MiniCogViewError: if its sizes are not the preset's, or with the names that are missing, unexpected, or of
-            another shape.
+        MiniCogViewError: if its sizes are not the preset's; or with the names of parameters that are missing,
+            unexpected, or have another shape.
     """
     config = sat_config(folder.sizes, preset.coglm.ids, preset.coglm.layout, preset.vqvae.codebook_size)
     found, wanted = config.transformer, preset.coglm.transformer
@@ -93,7 +104,7 @@ def check_source(kind: str, folder: SatFolder, preset: Preset) -> Source:
         if getattr(found, name) != getattr(wanted, name):
             raise MiniCogViewError(
                 f"{folder.path} has {name} {getattr(found, name)}, the preset {preset.name} {getattr(wanted, name)}: "
-                "it is another model, or wants another preset"
+                "it is another model, or needs another --preset"
             )
     model, built = build(kind, config, preset)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -118,7 +129,7 @@ def check_source(kind: str, folder: SatFolder, preset: Preset) -> Source:
 
 
 def equal_to_coglm(source: Source, coglm: Source) -> Iterator[str]:
-    """Names of a super-resolution model's weights that CogLM has with the same numbers."""
+    """Names of a super-resolution model's weights that are equal to CogLM's, number for number."""
     for ours in source.names:
         theirs = coglm.names.get(ours.replace("base.", "transformer.", 1)) if ours.startswith("base.") else None
         if theirs is None:
@@ -130,11 +141,35 @@ def equal_to_coglm(source: Source, coglm: Source) -> Iterator[str]:
         coglm.folder.let_go([theirs])
 
 
-def find_parts(source: Path) -> dict[str, Path]:
-    """Which parts of the release a folder has, by our names of them."""
-    parts = {kind: source / folder for kind, folder in MODELS.items() if (source / folder).is_dir()}
-    files = {"vqvae": PICTURES, "text": TEXT, "labels": LABELS}
-    return parts | {name: source / file for name, file in files.items() if (source / file).is_file()}
+def check_vqvae(path: Path, preset: Preset) -> VQVAE:
+    """The released picture tokenizer.
+
+    Raises:
+        MiniCogViewError: if the file holds something else, or a tokenizer of other sizes than the preset's.
+    """
+    content = open_torch_file(path)
+    weights = content.get("module", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise MiniCogViewError(f"{path} holds no picture tokenizer: expected a dictionary of tensors")
+    vqvae = from_official(weights)
+    if vqvae.config != preset.vqvae:
+        raise MiniCogViewError(f"{path} is not the picture tokenizer of the preset {preset.name}")
+    return vqvae
+
+
+def check_room(target: Path, models: dict[str, Source]) -> None:
+    """Raise MiniCogViewError unless the disk has room for the files that are still to be written."""
+    there, free = free_room(target)
+    already = sum(file.stat().st_size for file in target.glob("*.safetensors")) if target.is_dir() else 0
+    needed = sum(sum(model.sizes().values()) for model in models.values()) - already
+    if needed + 2**28 > free:
+        raise MiniCogViewError(
+            f"{there} has {free / 1e9:.1f} GB free, the weights take {needed / 1e9:.1f} GB more: free some space, or "
+            "choose another folder"
+        )
+
+
+# --- the import
 
 
 def import_released(
@@ -148,29 +183,27 @@ def import_released(
     """Turn the released folders into a folder of weights for ``CogView2.from_pretrained``.
 
     Args:
-        source: has any of the release's folders and files. target: is made if missing.
+        source: folder with any of the release's folders and files.
+        target: folder for the weights, made if missing.
         preset: the sizes that are expected.
-        on_step: called with a file's name, bytes written of its model, and of how many.
+        on_step: called with a file's name, and how many bytes of how many of its model are written.
         limit: bytes in a file.
-        dtype: number format of the written weights; None: as released. What is computed in the format of the files
-            needs no copy: bfloat16 suits processors, the released half precision GPUs.
+        dtype: of the written weights; None: as released. Weights that are stored in the dtype of the computation can
+            be used without a copy: bfloat16 suits CPUs, the released float16 suits GPUs.
 
     Returns:
         ``parts`` that were imported, ``missing`` ones, ``bytes`` written.
 
     Raises:
-        MiniCogViewError: if nothing is there, a part is not what it should be, or the disk is too small; then nothing
-            was written.
+        MiniCogViewError: if there is nothing to import, a part is not what it should be, or the disk is too small. In
+            all of these cases nothing was written.
     """
     source, target = Path(source), Path(target)
     parts = find_parts(source)
     if not parts:
-        wanted = ", ".join([*MODELS.values(), PICTURES, TEXT])
-        raise MiniCogViewError(f"{source} has no part of the release: expected any of {wanted}")
+        raise MiniCogViewError(f"{source} has no part of the release: expected any of {', '.join(RELEASED.values())}")
     models = {kind: check_source(kind, SatFolder(parts[kind]), preset) for kind in MODELS if kind in parts}
-    vqvae = from_official(_vqvae_weights(parts["vqvae"])) if "vqvae" in parts else None
-    if vqvae is not None and vqvae.config != preset.vqvae:
-        raise MiniCogViewError(f"{parts['vqvae']} is not the picture tokenizer of the preset {preset.name}")
+    vqvae = check_vqvae(parts["vqvae"], preset) if "vqvae" in parts else None
     if "labels" in parts:
         load_labels(parts["labels"], preset.vqvae.codebook_size)
     for kind, model in models.items():
@@ -179,46 +212,28 @@ def import_released(
             model.same = list(equal_to_coglm(model, models["coglm"]))
     check_room(target, models)
 
-    written = 0
-    for kind, model in models.items():
-        sizes = model.sizes()
-        facts = {"kind": kind, "config": to_json(model.config)}
-        if model.same:
-            base = identity(target / "coglm.safetensors")
-            facts |= {"same_as_coglm": json.dumps(model.same), "base": base}
-        files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in model.folder.files]
-
-        def let_go(file: str, done: int, total: int, model: Source = model) -> None:
-            model.folder.let_go(model.folder.shapes)
-            if on_step:
-                on_step(file, done, total)
-
-        write_shards(target, kind, sizes, model.get, facts, f"{files} {limit} {dtype}", on_step=let_go, limit=limit)
-        written += sum(sizes.values())
+    for model in models.values():
+        write_model(model, target, on_step, limit)
     if vqvae is not None:
-        save_model(target / "vqvae.safetensors", vqvae, vqvae.config, "vqvae", dtype=torch.float32)
-    for name, file in (("text", "text.model"), ("labels", LABELS)):
-        if name in parts:
-            shutil.copyfile(parts[name], target / file)
-    missing = [name for name in [*MODELS, "vqvae", "text", "labels"] if name not in parts]
-    return {"parts": list(parts), "missing": missing, "bytes": written}
+        save_model(target / FILES["vqvae"], vqvae, vqvae.config, "vqvae", dtype=torch.float32)
+    for part in ("text", "labels"):
+        if part in parts:
+            shutil.copyfile(parts[part], target / FILES[part])
+    written = sum(sum(model.sizes().values()) for model in models.values())
+    return {"parts": list(parts), "missing": [part for part in RELEASED if part not in parts], "bytes": written}
 
 
-def _vqvae_weights(path: Path) -> dict[str, Tensor]:
-    content = open_torch_file(path)
-    weights = content.get("module", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise MiniCogViewError(f"{path} holds no picture tokenizer: expected a dictionary of tensors")
-    return weights
+def write_model(model: Source, target: Path, on_step: OnStep | None, limit: int) -> None:
+    """Write one released model as files with an index, or the files that an interrupted import left to do."""
+    facts = {"kind": model.kind, "config": to_json(model.config)}
+    if model.same:
+        facts |= sharing_facts(model.same, target / FILES["coglm"])
+    files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in model.folder.files]
 
+    def after_file(file: str, done: int, total: int) -> None:
+        model.folder.let_go(model.folder.shapes)
+        if on_step:
+            on_step(file, done, total)
 
-def check_room(target: Path, models: dict[str, Source]) -> None:
-    """Raise MiniCogViewError if the disk cannot hold what is still to be written."""
-    there, free = free_room(target)
-    already = sum(file.stat().st_size for file in target.glob("*.safetensors")) if target.is_dir() else 0
-    needed = sum(sum(model.sizes().values()) for model in models.values()) - already
-    if needed + 2**28 > free:
-        raise MiniCogViewError(
-            f"{there} has {free / 1e9:.1f} GB free, the weights take {needed / 1e9:.1f} GB more: make room, or choose "
-            "another folder"
-        )
+    came_from = f"{files} {limit} {model.dtype}"
+    write_shards(target, model.kind, model.sizes(), model.get, facts, came_from, after_file, limit)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minicogview.checkpoints.files import (
     has_weights,
-    identity,
     load_config,
     load_into,
     load_part,
     load_weights,
+    remember_identity,
     same_as_coglm,
     stored_dtype,
 )
@@ -24,8 +24,10 @@ from minicogview.coglm import CogLM
 from minicogview.config import PRESETS, CogLMConfig, Preset, VQVAEConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
+from minicogview.scale.machine import pick_device
 from minicogview.scale.offload import Offload, State
-from minicogview.scale.plan import BITS, Plan, Sizes, Way, check_device, choose_plan, parse_dtype, parse_memory
+from minicogview.scale.plan import BITS, Plan, Sizes, Way, choose_formats, choose_plan, parse_memory
+from minicogview.scale.products import in_pieces, keep_half
 from minicogview.scale.quantization import Bits, quantize_layers
 from minicogview.scale.streaming import forget_pages, mapped_from_files, stream_layers
 from minicogview.super_resolution import DirectSR
@@ -88,15 +90,15 @@ def plan_for(
     Raises:
         MiniCogViewError: if a setting makes no sense, or there is no way to run in so little.
     """
-    check_device(device)
+    where = pick_device(device)
     first, second, third = (folder / f"{name}.safetensors" for name in STAGES)
     coglm = load_config(first, "coglm")
     direct = load_config(second, "direct") if has_weights(second) else None
     iterative = direct is not None and has_weights(third)
-    number = parse_dtype(dtype, Sizes.of(coglm, direct, iterative).parameters)
-    mapped = torch.device(device).type == "cpu" and stored_dtype(first) == number
-    sizes = Sizes.of(coglm, direct, iterative, mapped)
-    return choose_plan(sizes, parse_memory(memory, device), number, device, offload)
+    stored = stored_dtype(first)
+    formats = choose_formats(dtype, Sizes.of(coglm, direct, iterative).parameters, where, stored)
+    sizes = Sizes.of(coglm, direct, iterative, mapped=where.type == "cpu" and stored == formats.kept)
+    return choose_plan(sizes, parse_memory(memory, str(where)), formats, str(where), offload)
 
 
 # --- the models of a folder -----------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def load_stages(folder: Path, plan: Plan) -> Stages:
     files = {name: folder / f"{name}.safetensors" for name in STAGES}
     with torch.device("meta"):
         coglm = CogLM(load_config(files["coglm"], "coglm")).eval()
-    coglm.transformer.identity = identity(files["coglm"])
+    remember_identity(coglm.transformer, files["coglm"])
     stages = [Stage("coglm", coglm.transformer, coglm, plan.coglm)]
     direct = iterative = None
     if has_weights(files["direct"]):
@@ -192,23 +194,36 @@ def is_layer(name: str) -> bool:
 
 def place(stage: Stage, state: State, plan: Plan, source: Path) -> None:
     """Give the modules of a stage weights that are mapped from files, in one of the four ways."""
-    here = {
-        name: value if stage.way != "memory" and is_layer(name) else value.to(plan.device, plan.dtype)
-        for name, value in state.items()
-    }
+    here = {name: value if waits(stage, name) else to(value, plan) for name, value in state.items()}
     load_into(stage.own, here, source, assign=True)
     if stage.way == "disk":
-        stream_layers(stage.stack, plan.device, plan.dtype)
+        stream_layers(stage.stack, plan.device, plan.matrices, plan.dtype)
     elif stage.way in BITS:
         for blocks in [part for part in stage.own.modules() if isinstance(part, nn.ModuleList)]:
             for block in blocks:
                 quantize_block(block, plan, 8 if stage.way == "int8" else 4)
+    if plan.matrices != plan.dtype:
+        keep_half(stage.own, plan.dtype)
+    if torch.device(plan.device).type == "cpu":
+        in_pieces(stage.own)
+
+
+def waits(stage: Stage, name: str) -> bool:
+    """Whether a weight stays as it lies in its file for now: it is read, or quantized, layer by layer."""
+    return stage.way != "memory" and is_layer(name)
+
+
+def to(value: Tensor, plan: Plan) -> Tensor:
+    """A weight where it is needed, and in the number format that it is kept in."""
+    return value.to(plan.device, plan.dtype if value.ndim == 1 else plan.matrices)
 
 
 def quantize_block(block: nn.Module, plan: Plan, bits: Bits) -> None:
     """Quantize one layer, and let go of the pages of its file."""
     stored = [parameter.data for parameter in block.parameters()]
-    quantize_layers(block.to(plan.device, plan.dtype), bits)
+    for parameter in block.parameters():
+        parameter.data = to(parameter.data, plan)
+    quantize_layers(block, bits, dtype=plan.dtype)
     if mapped_from_files(stored):
         for tensor in stored:
             forget_pages(tensor)

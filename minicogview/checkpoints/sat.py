@@ -1,12 +1,12 @@
 """The released checkpoint folders, in the form that SwissArmyTransformer (SAT) 0.2.1 wrote them.
 
-The idea: a folder has ``latest`` (a text with the iteration), ``model_config.json`` with the sizes, and
-``ITERATION/mp_rank_00_model_states.pt``, a torch file of which ``module`` holds the weights. A model that was trained
-on several GPUs has one such file for each of them, with a part of every matrix. Files are mapped into memory, not read:
-a tensor is fetched when it is asked for. The official parameter names live here and nowhere else.
+The idea: a folder has ``latest`` (a text file with the iteration), ``model_config.json`` with the sizes, and
+``ITERATION/mp_rank_00_model_states.pt``, a torch file whose entry ``module`` holds the weights. A model that was
+trained on several GPUs (ranks) has one such file for each of them, with a part of every matrix. Files are
+memory-mapped: a tensor is read from the disk when it is used. The official parameter names live here and nowhere else.
 
-A torch file is a pickle, and a pickle can run code. Files are opened with ``weights_only=True`` and a list of harmless
-kinds beside tensors that such checkpoints are known to hold; whatever else is in them is refused by name.
+A torch file is a pickle, and a pickle can run code. Files are opened with ``weights_only=True`` and a list of the
+harmless types that such checkpoints are known to hold beside tensors; anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SAT_NAMES = {
     "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
     "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
 }
-# What the super-resolution stages have beside the transformer.
+# The weights that the super-resolution stages have beside the transformer.
 SAT_MIXINS = {
     "fine_position": "extra_position_embedding.position_embeddings",
     "fine_attention.{}.qkv": "attention_plus.query_key_value.{}",
@@ -50,7 +50,7 @@ SAT_MIXINS = {
 
 
 class Bystander:
-    """Stands in for objects of the training program that lie beside the weights and are not needed."""
+    """Stands in for objects that the training program stored beside the weights and that are not needed."""
 
 
 # Beside tensors and plain containers: argparse's settings, NumPy's random state, DeepSpeed's loss scale.
@@ -67,7 +67,7 @@ HARMLESS: list[Any] = [
 
 
 def open_torch_file(path: Path) -> Any:
-    """What a torch file holds, with its tensors mapped into memory; nothing in it is run.
+    """The content of a torch file, its tensors memory-mapped; no code in it is run.
 
     Raises:
         MiniCogViewError: if the file is missing, damaged, or holds anything that is neither a tensor nor harmless.
@@ -82,14 +82,14 @@ def open_torch_file(path: Path) -> Any:
             raise MiniCogViewError(
                 f"{path} holds {found.group(1)}, which is not a tensor and might run code: refused, nothing was read"
             ) from None
-        # PyTorch's first line advises to load without the check.
+        # PyTorch's first line suggests loading without the check.
         lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
         reason = lines[0][:200] if lines else type(error).__name__
-        raise MiniCogViewError(f"{path} is damaged or no torch file ({reason}): copy it again") from None
+        raise MiniCogViewError(f"{path} is damaged or not a torch file ({reason}): copy it again") from None
 
 
 def without_number(name: str) -> tuple[str, str]:
-    """A name with {} in place of its layer's number, and that number; empty where there is none."""
+    """A name with {} in place of its layer's number, and that number, empty if there is none."""
     parts = name.split(".")
     return ".".join("{}" if part.isdigit() else part for part in parts), next(filter(str.isdigit, parts), "")
 
@@ -110,7 +110,7 @@ def sat_to_ours(name: str) -> str:
 
 
 def ours_to_sat(name: str) -> str:
-    """The way back: the SAT name of a parameter of ``CogLM``, ``DirectSR`` or ``IterativeSR``."""
+    """The inverse: the SAT name of a parameter of ``CogLM``, ``DirectSR`` or ``IterativeSR``."""
     body, leaf = name.removeprefix("base.").removeprefix("transformer.").rsplit(".", 1)
     pattern, number = without_number(body)
     names, prefix = (SAT_MIXINS, "mixins.") if pattern in SAT_MIXINS else (SAT_NAMES, "transformer.")
@@ -119,7 +119,7 @@ def ours_to_sat(name: str) -> str:
 
 # --- several ranks
 
-# Along which axis the ranks cut a parameter; all others are the same on every rank.
+# Tensor parallelism: the axis along which a parameter is split over the ranks. Of all others each rank has a copy.
 CUT = {
     r"query_key_value|dense_h_to_4h|word_embeddings": 0,
     r"(attention\.dense|attention_plus\.dense\.\d+|dense_4h_to_h)\.weight": 1,
@@ -127,17 +127,17 @@ CUT = {
 
 
 def cut_axis(name: str) -> int | None:
-    """The axis along which several ranks share a parameter, by its official name."""
+    """The axis along which a parameter is split over the ranks, by its official name; None if each has a copy."""
     return next((axis for pattern, axis in CUT.items() if re.search(pattern, name)), None)
 
 
 def merge(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """A parameter from the ranks' parts of it.
+    """A whole parameter from the ranks' parts of it.
 
-    Every rank's joint projection is [q | k | v] of its own heads, so its thirds are put together one by one.
+    Every rank's joint projection is [q | k | v] of its own heads, so q, k and v are joined one at a time.
 
     Raises:
-        MiniCogViewError: if the ranks disagree on a parameter that each of them holds as a whole.
+        MiniCogViewError: if the ranks disagree on a parameter of which each has a copy.
     """
     axis = cut_axis(name)
     if len(parts) == 1:
@@ -147,12 +147,12 @@ def merge(name: str, parts: Sequence[Tensor]) -> Tensor:
     if axis is not None:
         return torch.cat(list(parts), dim=axis)
     if not all(torch.equal(part, parts[0]) for part in parts):
-        raise MiniCogViewError(f"the ranks hold different values of {name}: are they of one checkpoint?")
+        raise MiniCogViewError(f"the ranks hold different values of {name}: do the files belong to one checkpoint?")
     return parts[0]
 
 
 def merged_shape(name: str, parts: Sequence[Tensor]) -> tuple[int, ...]:
-    """The shape of ``merge(name, parts)``, without reading a number."""
+    """The shape of ``merge(name, parts)``, without reading the parts."""
     shape, axis = list(parts[0].shape), cut_axis(name)
     if axis is not None:
         shape[axis] = sum(part.shape[axis] for part in parts)
@@ -163,14 +163,16 @@ def merged_shape(name: str, parts: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 class SatFolder:
-    """An opened checkpoint of one model, whatever the number of ranks that wrote it.
+    """An opened checkpoint of one model, written by any number of ranks.
 
     Attributes:
-        path: the folder. files: one for each rank. sizes: what ``model_config.json`` says.
-        shapes: official name of each parameter to its merged shape.
+        path: the folder.
+        files: one for each rank.
+        sizes: the content of ``model_config.json``.
+        shapes: merged shape of each parameter by its official name.
 
     Raises:
-        MiniCogViewError: if a file is missing, damaged or holds what might run code; or if ranks do not fit together.
+        MiniCogViewError: if a file is missing, damaged or might run code; or if the ranks do not fit together.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -208,7 +210,7 @@ class SatFolder:
 
     @property
     def n_ranks(self) -> int:
-        """How many GPUs the model was cut for, by its own word."""
+        """How many ranks the model was split over, according to ``model_config.json``."""
         return max(1, int(self.sizes.get("model_parallel_size", 1)))
 
     @staticmethod
@@ -224,14 +226,14 @@ class SatFolder:
         return merge(name, [rank[name] for rank in self.ranks])
 
     def let_go(self, names: Iterable[str]) -> None:
-        """Give back the memory that parameters took up: they are read from the file again when they are needed."""
+        """Free the memory of these parameters; they are read from the file again when they are used."""
         for name in names:
             for rank in self.ranks:
                 forget_pages(rank[name])
 
 
 def sat_transformer(module: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's part of a SAT ``module`` dictionary under our names (mixins are left out)."""
+    """The transformer's weights in a SAT ``module`` dictionary, by our names and in float32, without mixins."""
     return {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("transformer.")}
 
 

@@ -1,11 +1,11 @@
 """Large weights in several safetensors files with an index beside them, as Hugging Face lays them out.
 
-The idea: NAME.safetensors.index.json says which file holds which weight, and what its checksum is. Files are written
-one by one, each whole or not at all, and the index comes last: without it there is no model. A run that was stopped
-goes on behind the files that are finished.
+The idea: NAME.safetensors.index.json says which file holds which weight, and what the checksum of each file is. Files
+are written one by one, each whole or not at all, and the index comes last: without it there is no model. A run that was
+interrupted skips the files that are already complete when it is started again.
 
-Different on purpose from Hugging Face's index: it has the checksums (SHA-256), and the configuration that our single
-files carry in their headers.
+Different on purpose from Hugging Face's index: it has checksums (SHA-256), and the configuration that our single files
+carry in their headers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from minicogview.errors import MiniCogViewError
 
 LIMIT = 2**29  # bytes in a file; a single larger weight has a file of its own
 INDEX = ".safetensors.index.json"
-Get = Callable[[str], Tensor]
-OnStep = Callable[[str, int, int], None]  # (file, bytes done, of how many)
+OnStep = Callable[[str, int, int], None]  # (file, bytes done, bytes in all)
 
 
-def plan(sizes: Mapping[str, int], limit: int = LIMIT) -> list[list[str]]:
-    """Which weights go into which file, in their order.
+def group_by_file(sizes: Mapping[str, int], limit: int = LIMIT) -> list[list[str]]:
+    """The names of the weights that go into each file, in their order.
 
     Example:
-        >>> plan({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
+        >>> group_by_file({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
         [['a', 'b'], ['c'], ['d']]
     """
     files: list[list[str]] = []
@@ -58,7 +57,7 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def replace_text(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1))
@@ -69,7 +68,7 @@ def write_shards(
     folder: Path,
     stem: str,
     sizes: Mapping[str, int],
-    get: Get,
+    get: Callable[[str], Tensor],
     metadata: Mapping[str, str],
     source: str,
     on_step: OnStep | None = None,
@@ -78,15 +77,16 @@ def write_shards(
     """Write weights as ``folder/stem-0000i-of-0000n.safetensors`` and their index.
 
     Args:
-        sizes: name of each weight to its bytes. get: gives a weight when its turn comes.
+        sizes: bytes of each weight by its name.
+        get: returns a weight by its name; called when its turn comes.
         metadata: text for the index, such as ``kind`` and ``config``.
-        source: says what is written from what: a stopped run goes on only where it is the same.
+        source: describes what is written, and from what; an interrupted run is resumed only if it is the same.
 
     Returns:
         the path of the index.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = plan(sizes, limit)
+    files = group_by_file(sizes, limit)
     names = {f"{stem}-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, 1)}
     progress, index = folder / f"{stem}.import.json", folder / f"{stem}{INDEX}"
     known = json.loads(progress.read_text()) if progress.is_file() else {}
@@ -98,17 +98,17 @@ def write_shards(
             part = path.with_name(file + ".part")
             try:
                 save_file({name: get(name).contiguous() for name in weights}, part)
-                part.chmod(0o644)
+                part.chmod(0o644)  # safetensors makes it readable for its owner alone
                 checksums[file] = checksum(part)
                 os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
-            replace_text(progress, {"source": source, "sha256": checksums})
+            write_json(progress, {"source": source, "sha256": checksums})
         done += sum(sizes[name] for name in weights)
         if on_step:
             on_step(file, done, total)
     weight_map = {name: file for file, weights in names.items() for name in weights}
-    replace_text(index, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map, "sha256": checksums})
+    write_json(index, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map, "sha256": checksums})
     progress.unlink()
     return index
 
@@ -131,7 +131,7 @@ class Shards:
         self._open: dict[str, Any] = {}
 
     def metadata(self) -> dict[str, str]:
-        """What the index says beside names and files."""
+        """The text in the index: what a single file has in its header."""
         return self._metadata
 
     def keys(self) -> Iterator[str]:
@@ -139,7 +139,7 @@ class Shards:
         return iter(self.weight_map)
 
     def get_tensor(self, name: str) -> Tensor:
-        """A weight, mapped into memory and not read before it is used."""
+        """A weight, memory-mapped: it is read from the disk when it is first used."""
         file = self.weight_map[name]
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="pt")
@@ -153,7 +153,7 @@ class Shards:
 
 
 def free_room(folder: Path) -> tuple[Path, int]:
-    """Bytes free on the disk that a folder is on, or would be; and the part of its path that is there already."""
+    """Free bytes on the disk of a folder that need not exist yet, and the part of its path that exists."""
     folder = folder.resolve()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there, shutil.disk_usage(there).free

@@ -1,11 +1,12 @@
 """``minicogview doctor``: what is in a folder of weights, and what would run on this machine, in words.
 
 The idea: whoever has 40 GB of released files wants to know before the first run whether anything is missing or damaged,
-how the weights would run in so much memory (``scale/plan.py``), and about how long a picture would take. Time follows from
-two speeds that are measured here and now: of a large sum, since drawing token by token reads all weights again and
-again, and of a large matrix product, since super-resolution computes with thousands of tokens at a time.
+how the weights would run in the memory of this machine (``scale/plan.py``), in which number format
+(``scale/machine.py``), and about how long a picture would take. Time follows from two speeds that are measured on the
+spot: of a large sum, since drawing token by token reads all weights again and again, and of a large matrix product,
+since super-resolution passes thousands of tokens at a time.
 
-Simplified: times are what the measured speeds allow at best; real runs take up to twice as long.
+Simplified: times are the least that the measured speeds allow; real runs take up to twice as long.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from minicogview.checkpoints.shards import INDEX, Shards
 from minicogview.config import PRESETS, Preset, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.cost import costs
-from minicogview.scale.plan import BITS, Sizes, choose_plan, free_memory, parse_dtype, parse_memory
+from minicogview.scale.machine import bfloat16_pays, cpu_speeds, free_memory
+from minicogview.scale.plan import BITS, Plan, Sizes, choose_formats, choose_plan, parse_memory
 
 NAMES = {
     "coglm": "stage one (CogLM)",
@@ -133,45 +135,65 @@ def check_weights(path: Path, name: str, verify: bool) -> str:
 
 
 def machine(preset: Preset | None) -> list[str]:
-    """How the weights would run here in so much memory, and how long one picture would take at best."""
-    memory = free_memory()
+    """How the weights would run here in a given memory, and the least time that one picture would take."""
+    free = free_memory()
+    memory = "an unknown amount of memory" if free is None else f"{free / 1e9:.1f} GB of memory"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    lines = [line("this machine", f"{os.cpu_count()} cores, {memory / 1e9:.1f} GB of memory free, {gpu}")]
+    lines = [line("this machine", f"{os.cpu_count()} cores, {memory} free, {gpu}"), line("number format", format_here())]
     if preset is None:
         return lines
     sizes = Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)
-    number = parse_dtype("auto", sizes.parameters)
-    copy, product = speeds()
-    lines.append(line("measured", f"reads {copy / 1e9:.1f} GB/s, products {product / 1e9:.0f} GFLOP/s"))
-    stages, n_tokens = costs(preset)["stages"], preset.coglm.layout.n_image
-    passes = (stages["direct"]["flops"] + stages["iterative"]["flops"]) / product
+    formats = choose_formats("auto", sizes.parameters, "cpu", stored=torch.bfloat16)
+    read, multiply = reading_speed(), product_speed(formats.dtype)
+    lines.append(line("measured", f"reads {read / 1e9:.1f} GB/s, products {multiply / 1e9:.0f} GFLOP/s"))
     said = ""
     for budget in ("6GB", "12GB", "24GB", "auto"):
         try:
-            plan = choose_plan(sizes, parse_memory(budget), number)
+            plan = choose_plan(sizes, parse_memory(budget), formats)
         except MiniCogViewError as error:
             lines.append(line(f"--memory {budget}", f"TOO LITTLE: {error}"))
             continue
-        if str(plan) == said:
-            continue
-        said = str(plan)
-        read = sizes.layers * number.itemsize * (BITS[plan.coglm] / 16 if plan.coglm in BITS else 1.0)
-        seconds = n_tokens * read / copy if plan.coglm != "disk" else float("inf")
-        how_long = f"at best {seconds:.0f} s to draw and {passes:.0f} s to sharpen" if seconds < 1e6 else "very slow"
-        lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {how_long}"))
+        if str(plan) != said:
+            said = str(plan)
+            seconds = least_time(preset, plan, read, multiply)
+            lines.append(line(f"--memory {budget}", f"{plan}; a picture takes {seconds}"))
     return lines
 
 
-def speeds() -> tuple[float, float]:
-    """Bytes read in a second by a large sum, and operations in a second of a large bfloat16 product, on the CPU."""
+def format_here() -> str:
+    """Which number format the CPU's products are faster in, and by how much."""
+    speeds = cpu_speeds()
+    single, half = (speeds[dtype] / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    chosen = "bfloat16" if bfloat16_pays() else "float32"
+    return f"{chosen} for large models and training: {single:.0f} GFLOP/s in float32, {half:.0f} in bfloat16"
+
+
+def least_time(preset: Preset, plan: Plan, read: float, multiply: float) -> str:
+    """Seconds of one picture if reading weights (bytes a second) and products (operations a second) were all."""
+    sizes = Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)
+    stages = costs(preset)["stages"]
+    passes = (stages["direct"]["flops"] + stages["iterative"]["flops"]) / multiply
+    if plan.coglm == "disk":
+        return "very long: every token reads all layers from the disk"
+    of_weight = BITS[plan.coglm] / 8 if plan.coglm in BITS else plan.matrices.itemsize
+    first = preset.coglm.layout.n_image * sizes.layers * of_weight / read
+    return f"at least {first:.0f} s in the first stage and {passes:.0f} s in super-resolution"
+
+
+def reading_speed() -> float:
+    """Bytes that the CPU reads from memory in a second, by a large sum."""
     large = torch.ones(2**27, dtype=torch.uint8)
-    a, b = torch.ones(1024, 2048).bfloat16(), torch.ones(2048, 2048).bfloat16()
-    copy = min(seconds_of(lambda: large.view(torch.int64).sum()) for _ in range(4))
-    product = min(seconds_of(lambda: a @ b) for _ in range(4))
-    return large.numel() / copy, 2 * 1024 * 2048 * 2048 / product
+    return large.numel() / min(seconds_of(lambda: large.view(torch.int64).sum()) for _ in range(4))
+
+
+def product_speed(dtype: torch.dtype) -> float:
+    """Operations of a large product in a second, on the CPU."""
+    a, b = torch.ones(1024, 2048).to(dtype), torch.ones(2048, 2048).to(dtype)
+    return 2 * 1024 * 2048 * 2048 / min(seconds_of(lambda: a @ b) for _ in range(3))
 
 
 def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds that something takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

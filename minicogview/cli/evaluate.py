@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from minicogview.cli.shared import SHIPPED, Language, OptionalFloat, OptionalInt, Source, Weights, show
+from minicogview.cli.shared import SHIPPED, Language, OptionalFloat, OptionalInt, Weights, WeightsOptions, show
 from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ def retrieval(
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
-    """Draw every name once and look for the nearest of all emoji pictures.
+    """Draw every name once, and count how often its own emoji is the nearest of all.
 
     Args:
         split: names (without skin tones), train, heldout (characters and tones never seen together), or all.
         lang: language of the names.
         template: put each name into a sentence, such as "a picture of ...".
-        limit: judge a fixed random choice of so many names; all if not given.
+        limit: judge a fixed random choice of this many names; all if not given.
         seed: picture i is drawn with seed + i.
-        stages: judge the coarse picture (1), or after direct super-resolution (2), or after LoPAR (3).
+        stages: judge the pictures after CogLM (1), after the direct stage (2) or after the iterative stage (3).
         json: print n, top1, top5 and same_tone (shares from 0 to 1; null where no picture has a tone) as JSON.
     """
     return show(judge(source, json).retrieval(split, lang, seed, template, limit, stages), json)
@@ -43,13 +43,13 @@ def captioning(
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
-    """How often a picture's true name is the likeliest of many names.
+    """Score names as captions of pictures, and count how often the true name is the likeliest.
 
     Args:
         lang: language of the names.
         n_pictures: training pictures to judge.
         n_names: names to choose from.
-        seed: of the choice of pictures and names.
+        seed: seed of the choice of pictures and names.
         json: print n, n_names and top1 (share from 0 to 1) as JSON.
     """
     return show(judge(source, json).captioning(lang, n_pictures, n_names, seed), json)
@@ -65,15 +65,15 @@ def selection(
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
-    """Draw several pictures of every name, and keep the one whose caption is the likeliest.
+    """Draw several pictures of every name, and keep the one for which the name is the likeliest caption.
 
     Args:
         split: as for retrieval.
         lang: language of the names.
         n: pictures of each name.
-        limit: judge a fixed random choice of so many names.
-        temperature: of the sampler; the preset's if not given.
-        seed: of the drawing.
+        limit: judge a fixed random choice of this many names.
+        temperature: temperature of the sampler; the preset's if not given.
+        seed: seed of the sampler.
         json: print n, and the shares of right pictures among all (random), the kept ones (kept) and the best (any).
     """
     if n < 1:
@@ -91,12 +91,12 @@ def infilling(
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
-    """Hide the right half of training pictures and fill it in.
+    """Hide the right half of training pictures, and compare what the model fills in with the original.
 
     Args:
         lang: language of the names.
         n_pictures: training pictures to judge.
-        seed: of the choice and of the drawing.
+        seed: seed of the choice of pictures and of the sampler.
         json: print n, psnr and psnr_tokenizer (dB) and exact (share of codes) as JSON.
     """
     return show(judge(source, json).infilling(lang, n_pictures, seed), json)
@@ -111,15 +111,15 @@ def sharpness(
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
-    """How close super-resolution comes to the true fine tokens, beside bicubic enlargement.
+    """Measure how close super-resolution comes to the true picture, compared with bicubic enlargement.
 
     Args:
-        split: names, train, tokenizer_heldout (characters that super-resolution saw in no colour), or all.
+        split: names, train, tokenizer_heldout (characters that super-resolution never saw, in any colour), or all.
         lang: language of the names.
-        limit: judge a fixed random choice of so many pictures.
+        limit: judge a fixed random choice of this many pictures.
         seed: picture i is drawn with seed + i.
-        fid: the Frechet distance of the picture tokenizer's features too; needs the extra "evaluate".
-        json: print n, psnr (dB), ssim (and fid) of bicubic, direct and iterative as JSON.
+        fid: also print the Frechet distance between features of the picture tokenizer; needs the extra "evaluate".
+        json: print n, and psnr (dB), ssim and perhaps fid of bicubic, direct and iterative as JSON.
     """
     model = source.load()
     from minicogview.evaluation.judge import sharpness as judge_sharpness
@@ -134,12 +134,12 @@ def tokenizer(
     source: Weights = SHIPPED,
     json: bool = False,
 ) -> int:
-    """What the picture tokenizer loses on pictures that it was not trained on.
+    """Measure what the picture tokenizer loses on pictures that it was not trained on.
 
     Args:
-        size: pixels a side.
-        level: rate; 0 is the finest.
-        split: tokenizer_heldout (characters that it saw in no colour), names, or all.
+        size: pixels along each side of the pictures.
+        level: which rate of the tokenizer; 0 is the finest.
+        split: tokenizer_heldout (characters that it never saw, in any colour), names, or all.
         json: print n, psnr (dB), ssim, perplexity and more as JSON.
     """
     folder = source.folder()
@@ -149,8 +149,8 @@ def tokenizer(
     return show(tokenizer_psnr(load_vqvae(folder / "vqvae.safetensors"), size, split, level), json)
 
 
-def judge(source: Source, quiet: bool) -> Judge:
-    """The model that the options name, ready to be judged."""
+def judge(source: WeightsOptions, quiet: bool) -> Judge:
+    """The judge of the model that the options name."""
     model = source.load()
     from minicogview.evaluation.judge import Judge
 

@@ -1,8 +1,8 @@
-"""The command ``minicogview``: draw, train, evaluate, and say what a preset costs.
+"""The command ``minicogview``: draw, train, evaluate, import and examine weights, and count what a preset costs.
 
-The idea: every subcommand is a plain function whose arguments are the options and whose docstring is the help
-(tyro reads both). What is heavy is imported inside these functions: help and wrong options answer at once.
-A wrong input ends with one line on stderr and exit status 2.
+The idea: every subcommand is a plain function whose arguments are the options and whose docstring is the help (tyro
+reads both). Heavy modules such as torch are imported inside these functions, so that help and usage errors appear at
+once. Wrong input ends with one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from minicogview.errors import MiniCogViewError
 
 
 def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, json: bool = False) -> int:
-    """Parameters, memory and floating-point operations of a preset, stage by stage.
+    """Print the parameters, memory and floating-point operations of a preset, stage by stage.
 
     Args:
         preset: toy, small or cogview2 (6 billion parameters).
-        text_tokens: length of the text that is drawn.
+        text_tokens: length of the prompt in tokens.
         json: print plain numbers (bytes, operations) as JSON.
     """
     sizes = get_preset(preset)
@@ -89,7 +89,15 @@ COMMANDS: dict[str, Any] = {
 }
 GROUPS = {
     "train": "Train a part of the toy, or your own model, on the emoji.",
-    "evaluate": "Judge the weights: the numbers of the model card.",
+    "evaluate": "Measure the quality of weights: the numbers of the model card.",
+}
+# What Ctrl-C leaves of a command.
+STOPPED = {
+    "generate": "the pictures of finished texts are saved",
+    **dict.fromkeys(("edit", "vary", "outpaint"), "pictures are saved only when all are drawn"),
+    "train": "run the same command again to resume from the last checkpoint",
+    "evaluate": "nothing was saved",
+    "import": "run the same command again to resume; complete files are kept",
 }
 
 
@@ -107,25 +115,28 @@ def choice(commands: dict[str, Any]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    # Read when torch is loaded: threads without work sleep. Else they spin, and where another program uses the
-    # cores as well, drawing four pictures took 32 seconds of computing instead of 2.4.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a notebook's stream cannot be set up
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        description = "Text to pictures, in English and Chinese, and what it takes to get there."
+        description = "Turn texts in English or Chinese into pictures; train, evaluate and examine the models."
         return tyro.cli(choice(COMMANDS), prog="minicogview", description=description, args=arguments)
     except MiniCogViewError as error:
         complain(str(error))
         return 2
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
-        return 141  # as a program that the signal of a closed pipe ends
+        return 141  # the status of a program that the signal of a closed pipe ends
     except KeyboardInterrupt:
-        complain("stopped; the same training command goes on from its last checkpoint")
+        complain(after_stop(sys.argv[1:] if arguments is None else arguments))
         return 130
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def after_stop(arguments: Sequence[str]) -> str:
+    """What Ctrl-C leaves of the command with these arguments, and how to resume it."""
+    parts = ["stopped"]
+    if arguments and arguments[0] in STOPPED:
+        parts.append(STOPPED[arguments[0]])
+    if "--weights random" in " ".join(arguments).replace("=", " "):
+        parts.append("the same command writes the random weights that are still missing")
+    return "; ".join(parts)

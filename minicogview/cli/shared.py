@@ -1,6 +1,6 @@
-"""What the subcommands share: which weights to use, checking a folder before work, printing.
+"""What the subcommands share: options, checks before any work is done, and printing.
 
-Results go to stdout, progress and complaints to stderr.
+Results go to stdout, progress and errors to stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minicogview.errors import MiniCogViewError
 if TYPE_CHECKING:
     from minicogview.pipeline import CogView2
 
-# Left alone, tyro would show "{None}|INT" and "(default: None)"; the help texts say what a missing option means.
+# By itself tyro would show "{None}|INT" and "(default: None)"; the help texts say what a missing option means.
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
@@ -31,29 +31,33 @@ OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_h
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 Language = Literal["en", "zh"]
 Report = dict[str, Any]
-RANDOM = "random"  # instead of a folder of weights
+RANDOM = "random"  # may be given in place of a folder of weights
 
 
 @dataclass(frozen=True)
-class Source:
-    """Which weights to use."""
+class WeightsOptions:
+    """Which weights to use, and how to run them.
+
+    Attributes:
+        preset: toy if not given; with --weights, the preset whose sizes the files have.
+        weights: folder with your own vqvae.safetensors, coglm.safetensors and text.model; or the word random: untrained
+            weights of the preset's sizes, written to your cache folder once, to measure time and memory.
+        memory: memory budget, such as 6GB, or auto for what is free. It decides whether a stage keeps its weights in
+            memory, quantizes them to 8 or 4 bits, or streams them from the disk.
+        dtype: float32, bfloat16 or float16; auto: float32 for small models, else bfloat16.
+        device: where the models run, such as cpu or cuda.
+        offload: leave the weights unquantized, and keep only those of the stage at work in memory.
+    """
 
     preset: OptionalName = None
-    """toy if not given; with --weights, the preset that has the sizes in these files"""
     weights: OptionalFolder = None
-    """folder with your own vqvae.safetensors, coglm.safetensors and text.model; or the word random: untrained weights
-    of the preset's sizes, written to your cache folder once, to see time and memory"""
     memory: str = "auto"
-    """such as 6GB; chooses how a stage has its weights: in memory, in 8 or 4 bits, on the disk; auto: what is free"""
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto: float32 for small models, else bfloat16"""
     device: str = "cpu"
-    """where the models run, such as cuda"""
     offload: bool = False
-    """have the weights as they are, and one stage's at a time in memory"""
 
     def load(self) -> CogView2:
-        """The whole system; says on stderr how it has its weights, unless it is simply in memory."""
+        """The whole system. Prints on stderr how it will run, unless it is small and no memory budget was given."""
         folder = self.folder()
         from minicogview.checkpoints.loading import plan_for
         from minicogview.pipeline import CogView2
@@ -66,7 +70,7 @@ class Source:
         return CogView2.from_pretrained(folder, preset, memory=plan)
 
     def folder(self) -> Path:
-        """Where the weights are; random ones are made here."""
+        """Where the weights are. Random ones are written first if they do not exist yet."""
         if self.preset is not None:
             get_preset(self.preset)  # a wrong name is reported before torch is loaded
         if self.weights == Path(RANDOM):
@@ -77,7 +81,7 @@ class Source:
 
 
 def random_weights(name: str) -> Path:
-    """The folder of a preset's random weights, which are written if they are not there yet."""
+    """The folder of a preset's random weights, which are written first if they do not exist yet."""
     from minicogview.checkpoints.random_weights import random_folder, write_random
 
     folder = random_folder(get_preset(name))
@@ -88,7 +92,7 @@ def random_weights(name: str) -> Path:
 
 @contextmanager
 def bytes_bar(hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on a terminal for files that are written; it is moved by (file, bytes done, of how many)."""
+    """A progress bar on a terminal for writing files; call what it yields with (file, bytes done, bytes in all)."""
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, leave=False, disable=hidden or None) as bar:
@@ -101,12 +105,52 @@ def bytes_bar(hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]
         yield on_step
 
 
-Weights = Annotated[Source, tyro.conf.arg(name="")]  # options without a prefix: --preset, --weights
-SHIPPED = Source()
+@dataclass(frozen=True)
+class DrawingOptions:
+    """The options that are shared by all commands that draw pictures.
+
+    Attributes:
+        n: number of pictures to draw for a text.
+        seed: picture i depends only on seed + i.
+        out: folder for the files, made if missing.
+        temperature: above 1: more varied; below 1: safer; 0: always the likeliest token; the preset's if not given.
+        stages: 1 stops after CogLM (the coarse picture), 2 after the direct stage, 3 after the iterative stage; all if
+            not given.
+        json: print files, scores and seeds as JSON.
+    """
+
+    n: int = 4
+    seed: int = 0
+    out: Folder = Path("pictures")
+    temperature: OptionalFloat = None
+    stages: OptionalInt = None
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise MiniCogViewError for values that are wrong with any weights, before these are loaded."""
+        if self.n < 1:
+            raise MiniCogViewError(f"--n is {self.n}: ask for 1 picture or more")
+        if not 0 <= self.seed < 2**62:
+            raise MiniCogViewError(f"--seed is {self.seed}: use an integer from 0 to 2 ** 62 - 1")
+        check_folder(self.out)
+
+    def sampling(self) -> dict[str, float]:
+        """The settings of the sampler that were given."""
+        return {} if self.temperature is None else {"temperature": self.temperature}
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that ``CogView2.edit``, ``vary`` and ``outpaint`` all take."""
+        return {"n": self.n, "seed": self.seed, "stages": self.stages, **self.sampling()}
+
+
+# Without a name, options have no prefix: --preset instead of --source.preset.
+Weights = Annotated[WeightsOptions, tyro.conf.arg(name="")]
+Drawing = Annotated[DrawingOptions, tyro.conf.arg(name="")]
+SHIPPED, DEFAULTS = WeightsOptions(), DrawingOptions()
 
 
 def check_folder(folder: Path) -> None:
-    """Raise MiniCogViewError unless files can be written into ``folder``; leaves no trace of the trial."""
+    """Raise MiniCogViewError unless files can be written into ``folder``; leaves nothing behind."""
     made: list[Path] = []
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -128,17 +172,17 @@ def one_line(error: Exception | str) -> str:
 
 
 def complain(message: str) -> None:
-    """One line on stderr."""
+    """Print an error on stderr, as one line."""
     print(f"minicogview: {one_line(message)}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout, readable in both languages."""
+    """Print JSON on stdout, Chinese characters as they are."""
     print(json_module.dumps(value, ensure_ascii=False, indent=2))
 
 
 def show(result: Report, json: bool) -> int:
-    """A flat result, as JSON (numbers that do not exist become null) or one line for each entry."""
+    """Print a flat result, as JSON (NaN becomes null) or with one line for each entry; returns the exit status."""
     if json:
         print_json({key: None if isinstance(v, float) and math.isnan(v) else v for key, v in result.items()})
     else:

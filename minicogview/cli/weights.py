@@ -1,4 +1,4 @@
-"""``minicogview import``: the released checkpoints as weights of this package; ``doctor``: what is in a folder."""
+"""``minicogview import`` converts the released checkpoints; ``minicogview doctor`` examines a folder of weights."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def import_weights(
     dtype: Literal["released", "bfloat16", "float16", "float32"] = "released",
     json: bool = False,
 ) -> int:
-    """Turn the released checkpoint folders into safetensors files. What was stopped goes on when it is called again.
+    """Convert the released checkpoints to safetensors files. To resume an interrupted import, run it again.
 
     Args:
-        source: holds any of coglm, cogview2-dsr, cogview2-itersr, ice_image.pt, ice_text.model, cluster_label.npy.
+        source: has any of coglm, cogview2-dsr, cogview2-itersr, ice_image.pt, ice_text.model, cluster_label.npy.
         target: folder for the weights, made if missing.
-        preset: sizes that are expected.
-        dtype: number format to write; bfloat16 is the best for running on a CPU, released is what the authors gave.
+        preset: the preset whose sizes are expected.
+        dtype: dtype of the written weights; released leaves it as it is, bfloat16 is best for running on a CPU.
         json: print the result as JSON.
     """
     sizes = get_preset(preset)
     check_folder(target)
     from minicogview.checkpoints.importing import import_released
-    from minicogview.scale.plan import parse_dtype
+    from minicogview.scale.machine import parse_dtype
 
-    number = None if dtype == "released" else parse_dtype(dtype, 0)
+    number = None if dtype == "released" else parse_dtype(dtype)
     with bytes_bar(hidden=json) as on_step:
         report = import_released(source, target, sizes, on_step, dtype=number)
     return show(
@@ -51,11 +51,11 @@ def import_weights(
 
 
 def doctor(folder: SourceFolder, /, preset: OptionalName = None, verify: bool = False, json: bool = False) -> int:
-    """Say what is in a folder of weights, what is missing or damaged, and what would run on this machine.
+    """Report what is in a folder of weights, what is missing or damaged, and how it would run on this machine.
 
     Args:
-        folder: the release's files, a folder that import made, or a preset's name.
-        preset: sizes to expect; those that are found if not given.
+        folder: a folder with the released files, a folder that import wrote, or the name of a preset.
+        preset: the preset whose sizes are expected; if not given, the one whose sizes the files have.
         verify: compare all files with their checksums, which takes a while.
         json: print the lines as JSON.
     """

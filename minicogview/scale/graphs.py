@@ -1,19 +1,19 @@
 """A step of drawing that is always the same work on the same memory, so that a GPU can record it once and replay it.
 
-The idea: for one token per picture a GPU needs less time to compute a small kernel than the processor needs to launch
-it, and a step has hundreds of them. A CUDA graph is such a sequence of launches, recorded once; replaying it costs one
-launch. For that no shape and no address may change from step to step. So the new keys and values go where a tensor
-says, attention runs over all places of the cache, and a row of the bias forbids those that are still empty.
+The idea: with one token per picture, a GPU needs less time to compute a small kernel than the CPU needs to launch it,
+and a step has hundreds of kernels. A CUDA graph is such a sequence of launches, recorded once; replaying it costs a
+single launch. For that, no shape and no address may change from step to step. So a tensor says where the new keys and
+values go, attention runs over all places of the cache, and the bias forbids those that are still empty.
 
-Nothing waits for the GPU on the way: tokens are chosen there, and the processor runs ahead.
+Nothing waits for the GPU on the way: tokens are chosen there, and the CPU runs ahead.
 
 Mirrors: nothing; the original launches every kernel, and asks the GPU for a number in every layer of every step.
 
-Shapes: ``B`` rows of a batch, ``R`` is B or 1, ``S`` places in the cache, ``D`` width.
+Shapes: ``B`` rows of a batch, ``R`` is B or 1, ``N`` heads, ``H`` head size, ``S`` places in the cache, ``D`` width.
 
-On a CPU launching costs nothing, and attending to empty places does: there steps grow (``Transformer.forward``), and
-the time goes into reading matrices (``scale/packing.py``, ``scale/quantization.py``). Compiling such a step was tried there and
-gave less than packing does (docs/notes.md).
+On a CPU a launch costs nothing, but attending to empty places does. There the steps grow (``Transformer.forward``), and
+the time goes into reading matrices (``packing.py``, ``quantization.py``). Compiling such a step on a CPU was tried and
+gained less than packing does (docs/notes.md).
 """
 
 from __future__ import annotations

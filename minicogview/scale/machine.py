@@ -11,16 +11,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import minicogview
 from minicogview.errors import MiniCogViewError
 
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells how much memory a container may have
+SMALL = 10**8  # weights: with fewer, a step is too short to be shared among threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,6 +104,34 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise MiniCogViewError(f"dtype {name!r}: choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+# --- threads
+
+
+def is_small(model: nn.Module) -> bool:
+    """Whether the work on a model's layers comes in pieces that are too short to be shared among threads."""
+    return sum(parameter.numel() for parameter in model.parameters()) < SMALL
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within this context PyTorch computes on one thread of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def sleeping_threads(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which no thread waits in a loop while a small model works.
+
+    If PyTorch was loaded before this package, its idle threads do wait so (see ``minicogview/__init__.py``), and the
+    only remedy is to do without them.
+    """
+    return one_thread() if minicogview.THREADS_SPIN and is_small(model) else nullcontext()
 
 
 # --- memory

@@ -175,7 +175,7 @@ class QuantizedLinear(nn.Module):
 
 
 class Int4ProductLinear(nn.Module):
-    """The same for bfloat16 on a CPU, by PyTorch's product with four-bit matrices: nothing is dequantised.
+    """The same on a CPU, by PyTorch's product of bfloat16 rows with 4-bit matrices: nothing is dequantized.
 
     Attributes:
         packed0, scale0: of the upper or only half; packed1, scale1: of the lower one, for eight bits.
@@ -193,20 +193,24 @@ class Int4ProductLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., E), bfloat16."""
-        rows, y = in_groups(x).flatten(0, -2), self.bias
+        """(..., D) -> (..., E), in the format of x; rows are rounded to bfloat16, as the product wants them."""
+        rows, y = in_groups(x).flatten(0, -2).bfloat16(), self.bias
         for i in range(self.n_halves):
             packed, scale = getattr(self, f"packed{i}"), getattr(self, f"scale{i}")
             y = y + torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, GROUP, scale)
-        return y.unflatten(0, x.shape[:-1])
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def quantize_layers(
-    model: nn.Module, bits: Bits, on_layer: Callable[[str, Tensor, Quantized], None] | None = None
+    model: nn.Module,
+    bits: Bits,
+    on_layer: Callable[[str, Tensor, Quantized], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace every linear layer inside of a model by a quantised one; tables and norms stay.
+    """Replace every linear layer inside of a model by a quantized one; tables and norms stay.
 
     Args:
+        dtype: number format of the model's activations; None: that of its matrices.
         on_layer: called with each one's name, old matrix and new one.
     """
     for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
@@ -214,7 +218,8 @@ def quantize_layers(
         quantized = quantize(weight, bits)
         if on_layer:
             on_layer(name, weight, quantized)
-        fused = weight.dtype == torch.bfloat16 and has_int4_product(weight.device) and len(weight) % 16 == 0
+        # Of float32 matrices on a CPU the model is small or the wish for precision great: rows stay unrounded then.
+        fused = weight.dtype != torch.float32 and has_int4_product(weight.device) and len(weight) % 16 == 0
         kind = Int4ProductLinear if fused else QuantizedLinear
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, kind(quantized, module.bias.detach()))
+        setattr(model.get_submodule(parent), child, kind(quantized, module.bias.detach().to(dtype or weight.dtype)))

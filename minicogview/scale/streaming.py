@@ -66,8 +66,8 @@ class Stream:
     Args:
         groups: the modules of each layer, of all levels. Their parameters should be mapped from files, see
             ``load_weights`` with ``dtype=None``; if they are not, nothing is let go of.
-        device, dtype: where the layers work, and in which number format; the second thread copies what is elsewhere
-            or otherwise, and the copy is dropped after use. None: as they are stored.
+        device: where the layers work. The second thread copies what is elsewhere, and the copy is dropped after use.
+        dtype, vectors: number formats that matrices and vectors are copied to; None: as they are stored.
 
     Example:
         >>> layers = [nn.Linear(2, 2) for _ in range(3)]
@@ -81,10 +81,11 @@ class Stream:
         groups: Sequence[Sequence[nn.Module]],
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        vectors: torch.dtype | None = None,
     ) -> None:
         self.parameters = [[p for module in group for p in module.parameters()] for group in groups]
         self.stored = [[p.data for p in group] for group in self.parameters]
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.vectors = torch.device(device), dtype, vectors or dtype
         self.mapped = mapped_from_files([tensor for group in self.stored for tensor in group])
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         # Copies to a GPU go on beside its work, in an order of their own.
@@ -115,16 +116,22 @@ class Stream:
         """Weights where they are needed; at home there they are the stored ones, their pages read."""
         touch(stored)
         if self.copies is None:
-            return [tensor.to(self.device, self.dtype) for tensor in stored]
+            return [tensor.to(self.device, self._format(tensor)) for tensor in stored]
         with torch.cuda.stream(self.copies):
-            return [tensor.to(self.device, self.dtype, non_blocking=True) for tensor in stored]
+            return [tensor.to(self.device, self._format(tensor), non_blocking=True) for tensor in stored]
+
+    def _format(self, tensor: Tensor) -> torch.dtype | None:
+        return self.vectors if tensor.ndim == 1 else self.dtype
 
 
 def stream_layers(
-    model: Transformer | DirectSR | IterativeSR, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: Transformer | DirectSR | IterativeSR,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    vectors: torch.dtype | None = None,
 ) -> None:
     """From now on a model reads its layers from their file when their turn comes; arguments as for ``Stream``."""
-    model.walk = Stream(stack(model), device, dtype).walk
+    model.walk = Stream(stack(model), device, dtype, vectors).walk
 
 
 def stack(model: Transformer | DirectSR | IterativeSR) -> list[tuple[nn.Module, ...]]:
