@@ -33,6 +33,7 @@ from minicogview.local_attention import Impl, local_attention
 from minicogview.super_resolution import (
     CellSampler,
     DirectSR,
+    Slots,
     Walk,
     attend_everywhere,
     attentions,
@@ -183,7 +184,7 @@ class IterativeSR(nn.Module):
 
     def forward(
         self,
-        texts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]] | Slots,
         fine: Tensor,
         before: Tensor | None = None,
         record: Record | None = None,
@@ -191,7 +192,7 @@ class IterativeSR(nn.Module):
         """Hidden states after the final norm: text (B, G, D) and fine tokens (B, F, D).
 
         Args:
-            texts: token ids of each text; only the first ``config.n_text`` are read.
+            texts: token ids of each text, of which the first ``config.n_text`` are read; or ``text_slots`` of them.
             fine: (B, F) codes; <start_of_image> where a cell is masked.
             before: (B, F) codes before masking, for models with ``fine_start="enlarged"``.
             record: filled with the hidden states of text and fine tokens, (B, G + F, D) after each layer.

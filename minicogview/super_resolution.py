@@ -22,7 +22,7 @@ docs/notes.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +45,21 @@ Walk = Callable[[Iterable[Any]], Iterable[Any]]  # visits the layers; ``iter``, 
 # --- what both super-resolution stages share ---------------------------------------------------------------------
 
 
-def text_slots(texts: Sequence[Sequence[int]], n_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``n_slots`` tokens of each text, aligned to the right.
+class Slots(NamedTuple):
+    """Texts of several lengths as tensors of one shape, (B, n_slots)."""
 
-    Returns:
-        tokens (B, n_slots), id 0 where there is no text; positions (B, n_slots), counted from the text's first token;
-        and which slots hold text, (B, n_slots) bool.
+    tokens: Tensor  # id 0 where there is no text
+    positions: Tensor  # counted from a text's first token
+    real: Tensor  # bool: slots that hold text
+
+
+def text_slots(texts: Sequence[Sequence[int]] | Slots, n_slots: int) -> Slots:
+    """The first ``n_slots`` tokens of each text, moved to the right end of their slots; slots are returned as they are.
+
+    Training gives slots to a model, not texts: ``torch.compile`` would compile it again for each batch's Python lists.
     """
+    if isinstance(texts, Slots):
+        return texts
     tokens = torch.zeros(len(texts), n_slots, dtype=torch.long)
     positions, real = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     for row, text in enumerate(texts):
@@ -59,7 +67,7 @@ def text_slots(texts: Sequence[Sequence[int]], n_slots: int) -> tuple[Tensor, Te
         tokens[row, first:] = torch.tensor(text[:n_slots], dtype=torch.long)
         positions[row, first:] = torch.arange(n_slots - first)
         real[row, first:] = True
-    return tokens, positions, real
+    return Slots(tokens, positions, real)
 
 
 def enlarge(coarse: Tensor, grid: int, factor: int) -> Tensor:
@@ -156,7 +164,8 @@ def choose_codes(
 
 def check_codes(codes: Tensor, n_cells: int, n_codes: int, what: str) -> None:
     """Raise MiniCogViewError unless ``codes`` is (B, n_cells) with values from 0 to n_codes - 1."""
-    in_range = codes.numel() == 0 or bool(codes.min() >= 0 and codes.max() < n_codes)
+    compiled = torch.compiler.is_compiling()  # a compiled graph cannot read numbers
+    in_range = compiled or codes.numel() == 0 or bool(codes.min() >= 0 and codes.max() < n_codes)
     if codes.ndim != 2 or codes.shape[1] != n_cells or not in_range:
         raise MiniCogViewError(
             f"{what} codes of shape {tuple(codes.shape)}: expected (pictures, {n_cells}) with values 0..{n_codes - 1}"
@@ -233,7 +242,7 @@ class DirectSR(nn.Module):
 
     def forward(
         self,
-        texts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]] | Slots,
         coarse: Tensor,
         start: Tensor | None = None,
         record: Record | None = None,
@@ -241,7 +250,7 @@ class DirectSR(nn.Module):
         """Hidden states of both levels after the final norm: (B, L, D) and (B, F, D).
 
         Args:
-            texts: token ids of each text, without start tokens. coarse: (B, n) codes.
+            texts: token ids of each text, without start tokens, or ``text_slots`` of them. coarse: (B, n) codes.
             start: (B, F) from ``enlarged_codes``, for models with ``fine_start="enlarged"``.
             record: filled with the hidden states of both levels, (B, L + F, D) after each layer.
 

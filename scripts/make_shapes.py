@@ -1,16 +1,16 @@
-"""Make the tokenizer and the CogLM that notebook 04 goes on from.
+"""Make the tokenizer and the CogLM that notebook 04 starts from.
 
     OMP_NUM_THREADS=1 python scripts/make_shapes.py [FOLDER]
 
 Writes ``text.model``, ``vqvae.safetensors`` and ``coglm.safetensors`` (half precision) into the package, or into the
 folder given, in about seven minutes of one thread, and prints how exact the pictures are.
 
-The tokenizer is made for composition: 16 x 16 pixels become 4 x 4 cells of only 24 codes. There are more kinds of
-cells than that, so a code cannot mean "a red circle"; a thing is spelled by several codes, and colours and shapes that
-CogLM never sees together are spelled with codes that it knows (needed for composition, though not enough, as the
-notebook shows). So nothing asks the encoder to be local, as ``training/vqvae.py`` does for the emoji.
+The tokenizer is made for composition: 16 x 16 pixels become 4 x 4 cells with only 24 codes. There are more kinds of
+cells than codes, so no code can mean "a red circle": a shape takes several codes, and a colour and a shape that CogLM
+never sees together take codes that it knows (necessary for composition, though not sufficient, as the notebook shows).
+So there is no term that makes the encoder local, as there is for the emoji in ``training/vqvae.py``.
 The tokenizer knows no words and learns from all scenes; CogLM never sees a held-out pair of colour and shape.
-Forward passes in bf16 differ a little between machines: the numbers come out alike there, not equal.
+Rounding differs between machines, and so does the precision that is chosen: expect similar numbers, not equal ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig, VQVAEConfig
 from minicogview.data import shapes
 from minicogview.tokenizer import Tokenizer
-from minicogview.training import fit
+from minicogview.training import RunOptions, Settings, fit
 from minicogview.training.codebook import CodebookLearner
 from minicogview.training.coglm import CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.text import train_text_tokenizer
@@ -54,7 +54,8 @@ VQVAE_CONFIG = VQVAEConfig(
     n_groups=4,
 )
 LAYOUT = LayoutConfig(max_text=20, grid=GRID, n_patches=2, patch_size=2)
-# First much noise and heavy words, then other scenes nearly as they are: (recipe, updates, learning rate, seed).
+QUIET = RunOptions(progress=False)
+# First much noise and a large weight on text, then other scenes with little noise: (recipe, steps, lr, seed).
 ROUNDS = (
     (CogLMRecipe(max_noise=0.1, lookalike=0.2, n_neighbours=4), 2500, 3e-3, 2),
     (CogLMRecipe(max_noise=0.05, lookalike=0.2, n_neighbours=4, spread=0.0, text_weight=1.0), 3000, 2e-3, 4),
@@ -74,7 +75,9 @@ def pictures(some: list[shapes.Scene]) -> Tensor:
 
 
 class TokenizerObjective:
-    """Reconstruction and commitment, and a codebook that follows the encoder; no wish for local codes."""
+    """Reconstruction and commitment, and a codebook that follows the encoder; no term for local codes."""
+
+    calls_parts = True
 
     def __init__(self, model: VQVAE, data: Tensor, steps: int, batch_size: int = 32):
         self.model, self.data, self.batch_size = model, data, batch_size
@@ -87,7 +90,7 @@ class TokenizerObjective:
         return self.data[torch.randint(len(self.data), (size,), generator=self._generator(step))]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the step's own batch; before the codebook is placed, nothing is rounded."""
+        """Loss of the step's own batch; before the codebook is placed, nothing is quantized."""
         if step == self.warm_up:
             with torch.no_grad():
                 self.learner.place(self._vectors(self.batch(step, 512))[1], self._generator(step))
@@ -101,14 +104,14 @@ class TokenizerObjective:
         return reconstruction(output, self.model.normalise(batch)) + COMMITMENT * commitment, {}
 
     def after_step(self, step: int) -> None:
-        """Move the codebook; until ``revive_until``, rows that nobody uses find a new place."""
+        """Move the codebook; before ``revive_until``, unused rows are moved to where they are needed."""
         if self._seen is not None:
             self.learner.update(*self._seen)
             if step < self.revive_until and step % 10 == 0:
                 self.learner.revive(self._seen[1], self._generator(step))
 
     def _vectors(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What is quantised, (B, C, h, w), and the same as a list of vectors (B * h * w, C)."""
+        """What is quantized, (B, C, h, w), and the same as a list of vectors (B * h * w, C)."""
         z = self.model.quantizer.project(self.model.features(batch, 0))
         return z, rearrange(z, "b c h w -> (b h w) c")
 
@@ -129,7 +132,8 @@ def train_vqvae(steps: int) -> VQVAE:
     model = VQVAE(VQVAE_CONFIG)
     objective = TokenizerObjective(model, pictures(scenes(4000, 1, heldout_share=0.2)), steps)
     with tempfile.TemporaryDirectory() as folder:
-        fit(objective, folder, steps=steps, lr=3e-3, warmup=20, betas=(0.9, 0.99), ema_decay=0.995, progress=False)
+        settings = Settings(steps=steps, lr=3e-3, warmup=20, betas=(0.9, 0.99), ema_decay=0.995, precision="fp32")
+        fit(objective, folder, settings, QUIET)
     return model
 
 
@@ -152,7 +156,7 @@ def new_coglm(vqvae: VQVAE, tokenizer: Tokenizer) -> CogLM:
 
 
 def train_round(model: CogLM, tokenizer: Tokenizer, recipe: CogLMRecipe, steps: int, lr: float, seed: int) -> None:
-    """Train on 4,000 scenes of their own; the model ends with the averaged weights, in eval mode."""
+    """Train on 4,000 scenes from this seed; the model ends with the averaged weights, in eval mode."""
     some, vqvae = scenes(4000, seed), tokenizer.vqvae
     assert vqvae is not None
     with torch.no_grad():
@@ -165,11 +169,11 @@ def train_round(model: CogLM, tokenizer: Tokenizer, recipe: CogLMRecipe, steps: 
     )
     objective = CogLMObjective(model, data, vqvae.quantizer.codebook.detach(), recipe)
     with tempfile.TemporaryDirectory() as folder:
-        fit(objective, folder, steps=steps, lr=lr, ema_decay=0.99, precision="bf16", progress=False)
+        fit(objective, folder, Settings(steps=steps, lr=lr, ema_decay=0.99), QUIET)
 
 
 def round_off(model: nn.Module) -> None:
-    """Round all weights to half precision, as they are stored."""
+    """Round all weights to half precision, in which they are stored."""
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
 
 
@@ -182,7 +186,7 @@ def drawn_exactly(model: CogLM, tokenizer: Tokenizer, some: list[shapes.Scene]) 
 
 
 def main(folder: Path, vqvae_steps: int = 4000) -> None:
-    """Make all three files and say how good they are."""
+    """Make all three files and print how good they are."""
     folder.mkdir(parents=True, exist_ok=True)
     train_text_tokenizer((ENGLISH + CHINESE) * 8, folder / "text.model", N_PIECES, whole=CHINESE)
     vqvae = train_vqvae(vqvae_steps)

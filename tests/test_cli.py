@@ -45,6 +45,7 @@ def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(evaluate, "emoji_pictures", noise)
     monkeypatch.setattr("minicogview.training.recipes.emoji_pictures", noise)
+    monkeypatch.setattr("minicogview.data.codes.emoji_pictures", noise)  # what encode_pairs calls
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -370,13 +371,15 @@ def test_train_vqvae_hands_its_options_on(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def train(out_dir: Path, **options: Any) -> dict[str, Any]:
-        given.update(options, out_dir=out_dir)
+    def train(folder: Path, finest: Any, coarser: Any, options: Any, **others: Any) -> dict[str, Any]:
+        given.update(others, folder=folder, finest=finest, coarser=coarser, options=options)
         return {"weights": "somewhere"}
 
     monkeypatch.setattr("minicogview.training.vqvae.train", train)
-    assert run_json(capsys, "train", "vqvae", "--out", "run", "--steps", "5", "--no-resume")["weights"]
-    assert given["out_dir"] == Path("run") and given["steps"] == 5 and given["resume"] is False
+    command = ["train", "vqvae", "--out", "run", "--steps", "5", "--coarse-steps", "0", "--seed", "3", "--no-resume"]
+    assert run_json(capsys, *command)["weights"]
+    assert given["folder"] == Path("run") and given["seed"] == 3 and given["options"].resume is False
+    assert given["finest"].steps == 5 and given["finest"].precision == "auto" and given["coarser"] is None
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The emoji: what is packed, what is held out; drawing is cached, repeatable and honest about errors."""
+"""The emoji: what is packed and what is held out; drawing is cached and repeatable, and its errors are clear."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minicogview.errors import MiniCogViewError
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Only the first five drawings, and a cache of this test's own."""
+    """Only the first five drawings, and a cache folder for this test alone."""
     rows = module._rows()[:5]
     monkeypatch.setattr(module, "_rows", lambda: rows)
     monkeypatch.setenv("MINICOGVIEW_CACHE", str(tmp_path))
@@ -51,7 +51,7 @@ def test_tone_and_character_agree_with_the_name() -> None:
 def test_heldout_combinations_are_fair_and_absent_from_training() -> None:
     pairs, _ = heldout()
     assert len(pairs) >= 155
-    assert max(Counter(character for character, _ in pairs).values()) == 1  # one tone a character at most
+    assert max(Counter(character for character, _ in pairs).values()) == 1  # at most one tone of each character
     assert len(set(Counter(tone for _, tone in pairs).values())) == 1  # all tones equally often
     train = {(one.character, one.tone) for one in load_emoji("train")}
     held = [(one.character, one.tone) for one in load_emoji("heldout")]
@@ -101,7 +101,7 @@ def test_a_damaged_cache_is_drawn_again(few: Path) -> None:
 def test_small_pictures_are_box_averages_of_large_ones(few: Path) -> None:
     small, large = render(32, progress=False), render(96, progress=False)
     mean = large.reshape(5, 32, 3, 32, 3, 3).mean(axis=(2, 4))
-    assert np.abs(mean - small).max() <= 1  # twice rounded
+    assert np.abs(mean - small).max() <= 1  # rounded twice
 
 
 def test_every_drawing_fills_its_square() -> None:

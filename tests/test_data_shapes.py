@@ -1,4 +1,4 @@
-"""Scenes of shapes: the checker is right about clean and soft pictures and notices each wrong attribute."""
+"""Scenes of shapes: the checker is right about clean and blurred pictures and notices each wrong attribute."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_each_wrong_attribute_is_noticed(attribute: str, size: int) -> None:
 
 
 def _spoil(scene: Scene, attribute: str, rng: random.Random) -> Scene | None:
-    """The same scene with one attribute changed, None where that is not possible."""
+    """The same scene with one attribute changed, None if that is not possible."""
     first, *rest = scene.things
     if attribute == "relation":
         return replace(scene, relation=OPPOSITE[scene.relation]) if scene.relation else None
@@ -87,7 +87,7 @@ def _other_thing(thing: Thing) -> Thing:
     return Thing("big", "blue" if thing.colour != "blue" else "red", "square")
 
 
-def test_the_checker_bears_softness_and_noise() -> None:
+def test_the_checker_tolerates_blur_and_noise() -> None:
     noise = np.random.default_rng(0)
     for scene in scenes(200, seed=2):
         soft = Image.fromarray(draw(scene, 32)).filter(ImageFilter.GaussianBlur(0.7))
@@ -95,7 +95,7 @@ def test_the_checker_bears_softness_and_noise() -> None:
         assert all(check(grainy, scene).values()), scene
 
 
-def test_at_16_pixels_the_checker_bears_noise() -> None:
+def test_at_16_pixels_the_checker_tolerates_noise() -> None:
     noise = np.random.default_rng(0)
     for scene in scenes(200, seed=3):
         grainy = np.clip(draw(scene, 16) + noise.normal(0, 15, (16, 16, 3)), 0, 255).astype(np.uint8)

@@ -12,7 +12,7 @@ from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig
 from minicogview.data import shapes
 from minicogview.tokenizer import Tokenizer
-from minicogview.training import fit
+from minicogview.training import RunOptions, Settings, fit
 from minicogview.training.coglm import (
     CogLMData,
     CogLMObjective,
@@ -27,8 +27,8 @@ from minicogview.training.recipes import TOY_WEIGHTS
 CODES = 16
 
 
-@pytest.fixture(scope="module")
-def data() -> CogLMData:
+def make_data() -> CogLMData:
+    """Twelve pictures of random codes, with captions of scenes."""
     generator = torch.Generator().manual_seed(0)
     tokenizer = Tokenizer(TOY_WEIGHTS / "text.model", CODES)
     scenes = [shapes.random_scene(random.Random(i)) for i in range(12)]
@@ -39,6 +39,11 @@ def data() -> CogLMData:
         lambda i, language: shapes.caption(scenes[i], language),
         tokenizer,
     )
+
+
+@pytest.fixture(scope="module")
+def data() -> CogLMData:
+    return make_data()
 
 
 def make(data: CogLMData, **recipe: object) -> CogLMObjective:
@@ -53,7 +58,7 @@ def make(data: CogLMData, **recipe: object) -> CogLMObjective:
 
 def test_batches_depend_on_seed_and_step_alone(data: CogLMData) -> None:
     one, two = make(data), make(data)
-    two.batch(3)  # another history
+    two.batch(3)  # has made another batch before
     for name, value in vars(one.batch(9)).items():
         assert torch.equal(value, getattr(two.batch(9), name)), name
     assert not torch.equal(one.batch(9).tokens, make(data, seed=1).batch(9).tokens)
@@ -100,7 +105,7 @@ def test_inputs_of_a_lookalike_leave_the_labels_alone(data: CogLMData) -> None:
     assert changed[:, -16:].float().mean() > 0.2 and not changed[:, :-16].any()
 
 
-def test_words_count_more_than_codes(data: CogLMData) -> None:
+def test_text_tokens_have_a_larger_weight(data: CogLMData) -> None:
     objective = make(data, shares=(0.0, 1.0, 0.0, 0.0))
     batch = objective.batch(0)
     wanted = batch.labels[batch.loss_mask]
@@ -143,7 +148,7 @@ def test_all_tasks_are_learned_together(data: CogLMData, tmp_path) -> None:
     objective = make(data, max_noise=0.05, spread=0.0, lookalike=0.0)
     with torch.no_grad():
         before = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
-    fit(objective, tmp_path, steps=150, lr=3e-3, warmup=10, ema_decay=0.9, progress=False)
+    fit(objective, tmp_path, Settings(steps=150, lr=3e-3, warmup=10, ema_decay=0.9), RunOptions(progress=False))
     with torch.no_grad():
         after = sum(float(objective.loss(step)[0]) for step in range(1000, 1004)) / 4
     assert after < 0.6 * before

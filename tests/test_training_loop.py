@@ -1,4 +1,4 @@
-"""The training loop: it learns, it resumes exactly, and it says clearly what is wrong with a checkpoint."""
+"""The training loop: it learns, it resumes exactly, and its messages say what is wrong with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
-from minicogview.training.loop import fit, learning_rate, make_optimizers
+from minicogview.scale import machine
+from minicogview.training.loop import RunOptions, fit
+from minicogview.training.optimizers import learning_rate, make_optimizers
 from minicogview.training.resume import EMA, Settings
 
-SETTINGS = {"steps": 40, "lr": 1e-2, "warmup": 5, "log_every": 4, "progress": False, "device": "cpu"}
+SETTINGS = Settings(steps=40, lr=1e-2, warmup=5)
+OPTIONS = RunOptions(log_every=4, save_every=5, progress=False, device="cpu")
 
 
 class Regression:
-    """A small noisy regression with dropout (so that the random state matters) and state of its own."""
+    """A small regression with dropout, for which the random state matters, and with further state of its own."""
 
     def __init__(self, width: int = 32, pause: float = 0.0) -> None:
         torch.manual_seed(0)
@@ -58,9 +61,12 @@ class Regression:
         self.seen = state["seen"]
 
 
-def run(folder: Path, **changes: object) -> tuple[Regression, dict]:
-    objective = Regression(pause=float(changes.pop("pause", 0.0)))
-    return objective, fit(objective, folder, **(SETTINGS | {"save_every": 5} | changes))
+def run(folder: Path, objective: Regression | None = None, **changes: object) -> tuple[Regression, dict]:
+    """Train with some fields of SETTINGS and OPTIONS changed."""
+    objective = objective or Regression()
+    of_settings = {key: changes.pop(key) for key in list(changes) if hasattr(SETTINGS, key)}
+    settings, options = dataclasses.replace(SETTINGS, **of_settings), dataclasses.replace(OPTIONS, **changes)
+    return objective, fit(objective, folder, settings, options)
 
 
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
@@ -80,7 +86,7 @@ def test_learns_and_reports(tmp_path):
     losses = [line["train/loss"] for line in log if "train/loss" in line]
     assert losses[-1] < 0.5 * losses[0]
     assert log[0]["train/samples_per_s"] > 0 and log[0]["train/rmse"] > 0
-    # The model is left with the averaged weights, those that were validated.
+    # The model is left with the averaged weights, which were also those that were validated.
     objective.model.eval()
     with torch.no_grad():
         assert objective.validate()["mse"] == summary["validation"]["mse"]
@@ -90,15 +96,34 @@ def test_learns_and_reports(tmp_path):
 def test_resume_after_time_limit_is_exact(tmp_path, precision, optimizer):
     how = {"precision": precision, "optimizer": optimizer}
     whole, _ = run(tmp_path / "whole", validate_every=7, **how)
-    for _ in range(SETTINGS["steps"]):  # every call does at least one step, then runs out of time
+    for _ in range(SETTINGS.steps):  # every call does at least one step, then runs out of time
         parts, summary = run(tmp_path / "parts", max_seconds=0.0, **how)
         torch.rand(5)  # the random state must come from the checkpoint
-    assert summary["finished"] and summary["start"] == SETTINGS["steps"] - 1
+    assert summary["finished"] and summary["start"] == SETTINGS.steps - 1
     assert_same_weights(whole.model, parts.model)
     assert torch.equal(whole.seen, parts.seen)
-    again, summary = run(tmp_path / "parts", **how)  # a finished run gives its weights at once
-    assert summary["start"] == SETTINGS["steps"] and summary["finished"]
+    again, summary = run(tmp_path / "parts", **how)  # a finished run returns its weights at once
+    assert summary["start"] == SETTINGS.steps and summary["finished"]
     assert_same_weights(whole.model, again.model)
+
+
+def stored_precision(folder: Path) -> str:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["settings"]["precision"]
+
+
+@pytest.mark.parametrize("began", ["fp32", "bf16"])
+def test_a_resumed_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch, began):
+    monkeypatch.setattr(machine, "bfloat16_pays", lambda device: began == "bf16")
+    run(tmp_path, max_seconds=0.0)  # the default is "auto"
+    assert stored_precision(tmp_path) == began
+    monkeypatch.setattr(machine, "bfloat16_pays", lambda device: began != "bf16")  # as on another machine
+    _, summary = run(tmp_path)
+    assert summary["start"] == 1 and summary["finished"] and stored_precision(tmp_path) == began
+    other = {"fp32": "bf16", "bf16": "fp32"}[began]
+    with pytest.raises(MiniCogViewError, match=f"does not fit .precision was {began}, is {other}"):
+        run(tmp_path, precision=other)
+    run(tmp_path, resume=False, max_seconds=0.0)
+    assert stored_precision(tmp_path) == other
 
 
 def test_resume_after_sigkill_is_exact(tmp_path):
@@ -113,14 +138,14 @@ def test_resume_after_sigkill_is_exact(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     with open(killed / "log.jsonl", "a") as file:
-        file.write('{"step": 13, "tra')  # as a kill within a write leaves it
+        file.write('{"step": 13, "tra')  # as a kill during a write leaves it
     (killed / "checkpoint.tmp").write_bytes(b"half a checkpoint")
 
     resumed, summary = run(killed)
-    assert 0 < summary["start"] < SETTINGS["steps"] and summary["start"] % 5 == 0
+    assert 0 < summary["start"] < SETTINGS.steps and summary["start"] % 5 == 0
     assert_same_weights(whole.model, resumed.model)
     steps = [line["step"] for line in read_log(killed)]
-    assert steps == sorted(set(steps)) and steps[-1] == SETTINGS["steps"]
+    assert steps == sorted(set(steps)) and steps[-1] == SETTINGS.steps
 
 
 def test_damaged_checkpoint(tmp_path):
@@ -144,7 +169,7 @@ def test_foreign_checkpoint(tmp_path):
     with pytest.raises(MiniCogViewError, match=r"does not fit \(lr was 0.01, is 0.02\)"):
         run(tmp_path, steps=6, lr=0.02)
     with pytest.raises(MiniCogViewError, match=r"does not fit.*size mismatch") as caught:
-        fit(Regression(width=16), tmp_path, **(SETTINGS | {"steps": 6}))
+        run(tmp_path, Regression(width=16), steps=6)
     assert "\n" not in str(caught.value)
     torch.save({"something": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(MiniCogViewError, match=r"does not fit .it lacks 'settings'"):
@@ -172,7 +197,7 @@ def test_divergence_is_reported_and_not_saved(tmp_path):
             return (loss * float("nan") if step >= 7 else loss), scalars
 
     with pytest.raises(MiniCogViewError, match=r"loss became nan.*lower lr"):
-        fit(Diverging(), tmp_path, **(SETTINGS | {"save_every": 1}))
+        run(tmp_path, Diverging(), save_every=1)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 7 and all(v.isfinite().all() for v in state["model"].values())
 
@@ -181,9 +206,9 @@ def test_bad_settings_and_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MiniCogViewError, match="cannot make folder"):
         run(tmp_path / "file" / "run")
-    with pytest.raises(MiniCogViewError, match="precision 'fp16'"):
+    with pytest.raises(MiniCogViewError, match="precision 'fp16': choose one of auto, fp32, bf16"):
         run(tmp_path, precision="fp16")
-    with pytest.raises(MiniCogViewError, match="optimizer 'sgd'"):
+    with pytest.raises(MiniCogViewError, match="optimizer 'sgd': choose one of adamw, muon"):
         run(tmp_path, optimizer="sgd")
     with pytest.raises(MiniCogViewError, match="device 'abacus' cannot be used"):
         run(tmp_path, device="abacus")
@@ -202,7 +227,7 @@ def test_works_without_tensorboard(tmp_path, monkeypatch, capsys):
 def test_weight_decay_groups_and_frozen_weights():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "norm": nn.LayerNorm(3), "linear": nn.Linear(3, 3)})
     model["frozen"] = nn.Linear(3, 3).requires_grad_(False)
-    settings = Settings(10, 1e-3, 2, 0.1, (0.9, 0.95), 1.0, 0.999, "fp32")
+    settings = Settings(steps=10, lr=1e-3, weight_decay=0.1)
     (adamw,) = make_optimizers(model, settings)
     decayed, kept = adamw.param_groups
     assert [p.shape for p in decayed["params"]] == [(3, 3)] and decayed["weight_decay"] == 0.1
@@ -237,4 +262,4 @@ def test_schedule_depends_on_the_step_only():
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), pause=0.05)
+    run(Path(sys.argv[1]), Regression(pause=0.05))

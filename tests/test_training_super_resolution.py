@@ -12,15 +12,16 @@ from test_super_resolution import CODES, tiny_config
 from minicogview.checkpoints.files import load_direct, load_iterative, save_direct, save_model
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR
-from minicogview.super_resolution import DirectSR
+from minicogview.super_resolution import DirectSR, Slots
 from minicogview.tokenizer import Tokenizer
-from minicogview.training import fit
+from minicogview.training import RunOptions, Settings, fit
 from minicogview.training.lopar import IterativeObjective, draw_mask
 from minicogview.training.recipes import TOY_WEIGHTS
 from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe, replace_codes
 
 CODEBOOK = torch.randn(CODES, 4, generator=torch.Generator().manual_seed(1))
 RECIPE = SuperResolutionRecipe(batch_size=4, n_neighbours=3, softness=0.2)
+SETTINGS = Settings(steps=150, lr=3e-3, warmup=5, ema_decay=0.9)
 
 
 class Words(Tokenizer):
@@ -30,8 +31,7 @@ class Words(Tokenizer):
         return [CODES + ord(character) % 20 for character in text]
 
 
-@pytest.fixture(scope="module")
-def pairs() -> Pairs:
+def make_pairs() -> Pairs:
     """Each coarse code stands for one 3 x 3 block of fine codes: something that can be learned."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(8, (6, 4, 4), generator=generator)
@@ -41,14 +41,19 @@ def pairs() -> Pairs:
     return Pairs(coarse.flatten(1), fine, lambda i, language, rng: f"{language}{i}", words)
 
 
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return make_pairs()
+
+
 def direct_objective(pairs: Pairs, **options: bool) -> DirectObjective:
     torch.manual_seed(0)
     return DirectObjective(DirectSR(tiny_config()), pairs, CODEBOOK, RECIPE, **options)
 
 
-def iterative_objective(pairs: Pairs, drafts: torch.Tensor | None = None) -> IterativeObjective:
+def iterative_objective(pairs: Pairs, direct_codes: torch.Tensor | None = None) -> IterativeObjective:
     torch.manual_seed(0)
-    return IterativeObjective(IterativeSR(tiny_config(n_text=2)), pairs, CODEBOOK, RECIPE, drafts)
+    return IterativeObjective(IterativeSR(tiny_config(n_text=2)), pairs, CODEBOOK, RECIPE, direct_codes)
 
 
 def test_batches_depend_on_seed_and_step_alone(pairs: Pairs) -> None:
@@ -87,27 +92,26 @@ def test_the_direct_stage_learns(pairs: Pairs, tmp_path: Path) -> None:
     objective = direct_objective(pairs, train_base=True)
     with torch.no_grad():
         before = float(objective.loss(1000)[0])
-    fit(objective, tmp_path, steps=150, lr=3e-3, warmup=5, ema_decay=0.9, progress=False)
+    fit(objective, tmp_path, SETTINGS, RunOptions(progress=False))
     with torch.no_grad():
         assert float(objective.loss(1000)[0]) < 0.7 * before
 
 
-def test_the_iterative_stage_learns_from_drafts_too(pairs: Pairs, tmp_path: Path) -> None:
-    objective = iterative_objective(pairs, drafts=(pairs.fine + 1) % CODES)
+def test_the_iterative_stage_learns_from_direct_codes_too(pairs: Pairs, tmp_path: Path) -> None:
+    objective = iterative_objective(pairs, direct_codes=(pairs.fine + 1) % CODES)
     with torch.no_grad():
         before = float(objective.loss(1000)[0])
-    fit(objective, tmp_path, steps=150, lr=3e-3, warmup=5, ema_decay=0.9, progress=False)
+    fit(objective, tmp_path, SETTINGS, RunOptions(progress=False))
     with torch.no_grad():
         assert float(objective.loss(1000)[0]) < 0.85 * before
 
 
-def test_drafts_are_shown_and_true_codes_asked_for(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafts = torch.full_like(pairs.fine, CODES - 1)
-    objective = iterative_objective(pairs, drafts)
+def test_direct_codes_are_shown_and_true_codes_predicted(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = iterative_objective(pairs, torch.full_like(pairs.fine, CODES - 1))
     seen: list[torch.Tensor] = []
     forward = IterativeSR.forward
 
-    def spy(self: IterativeSR, texts: list[list[int]], fine: torch.Tensor, before: torch.Tensor) -> object:
+    def spy(self: IterativeSR, texts: Slots, fine: torch.Tensor, before: torch.Tensor) -> object:
         seen.append(fine)
         return forward(self, texts, fine, before)
 
@@ -115,8 +119,8 @@ def test_drafts_are_shown_and_true_codes_asked_for(pairs: Pairs, monkeypatch: py
     for step in range(6):
         objective.loss(step)
     shown, boi = torch.cat(seen), objective.model.config.coglm.ids.boi
-    drafted = ((shown == CODES - 1) | (shown == boi)).all(1)
-    assert 0 < drafted.float().mean() < 1 and (shown == boi).any(1).all()
+    by_direct = ((shown == CODES - 1) | (shown == boi)).all(1)
+    assert 0 < by_direct.float().mean() < 1 and (shown == boi).any(1).all()
 
 
 def test_weights_come_back_and_a_foreign_base_is_refused(tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ def test_weights_come_back_and_a_foreign_base_is_refused(tmp_path: Path) -> None
     model = DirectSR(tiny_config())
     with torch.no_grad():
         model.fine_position.weight.normal_()
-    model.half().float()  # what a file keeps
+    model.half().float()  # the precision of a file
     save_direct(tmp_path / "direct.safetensors", model)
     back = load_direct(tmp_path / "direct.safetensors", model.base)
     assert back.base is model.base and torch.equal(back.fine_position.weight, model.fine_position.weight)

@@ -1,24 +1,25 @@
 """``minicogview train``: the commands that made the shipped weights, with their settings as defaults.
 
-Killed training goes on from its checkpoint when the same command is given again.
+Give the same command again to resume interrupted training from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from minicogview.cli.shared import Folder, OptionalFolder, OptionalInt, check_folder, show
+from minicogview.cli.shared import Folder, OptionalFolder, OptionalInt, Report, check_folder, show
 from minicogview.config import get_preset
+
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 def train_text(out: Folder = Path("runs/toy"), json: bool = False) -> int:
-    """Train the toy's SentencePiece model on the emoji's names and tags (seconds).
+    """Train the toy's SentencePiece model on the names and tags of the emoji (seconds).
 
     Args:
         out: folder that text.model is written into.
@@ -37,7 +38,7 @@ def train_vqvae(
     steps: int = 4000,
     coarse_steps: int = 1200,
     lr: float = 1.5e-3,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Precision = "auto",
     start_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     seed: int = 0,
     device: str = "auto",
@@ -48,29 +49,28 @@ def train_vqvae(
 
     Args:
         out: folder for vqvae.safetensors, checkpoints and logs.
-        steps: updates of the encoder, the codebook and the finest decoder.
-        coarse_steps: updates of the two coarser rates afterwards.
+        steps: updates of the encoder, the codebook and the finest decoder; 0 leaves these as they are.
+        coarse_steps: updates of the two coarser levels afterwards; 0 leaves these as they are.
         lr: highest learning rate.
-        precision: of the forward passes.
-        start_from: weight file to go on from.
+        precision: of the forward passes; auto is bf16 where the device is faster with it, otherwise fp32.
+        start_from: weight file to start from.
         seed: of weights and batches.
         device: auto, cpu, cuda, cuda:1, ...
-        resume: go on from the checkpoint in the folder, if there is one.
+        resume: continue from the checkpoint in the folder, if there is one.
         json: print the result as JSON.
     """
     check_folder(out)
-    from minicogview.training import vqvae
+    from minicogview.training import RunOptions, vqvae
 
-    result = vqvae.train(
-        out, steps=steps, coarse_steps=coarse_steps, lr=lr, seed=seed, start_from=start_from,
-        precision=precision, device=device, resume=resume, progress=not json,
-    )  # fmt: skip
-    return show(result, json)
+    settings = replace(vqvae.FINEST, lr=lr, precision=precision)
+    finest, coarser = (replace(settings, steps=n) if n else None for n in (steps, coarse_steps))
+    options = RunOptions(device=device, resume=resume, progress=not json)
+    return show(vqvae.train(out, finest, coarser, options, seed=seed, start_from=start_from), json)
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """How to train a super-resolution stage; what learns from what, and where it goes."""
+    """How to train one of the three stages."""
 
     steps: int
     """updates"""
@@ -79,113 +79,84 @@ class StageRun:
     preset: str = "toy"
     """sizes of the model"""
     weights: OptionalFolder = None
-    """folder with the stages before this one, vqvae.safetensors and text.model; the shipped ones if not given"""
+    """folder with vqvae.safetensors, text.model and the stages before this one; the preset's own if not given"""
     out: Folder = Path("runs/toy")
     """folder for the weights, checkpoints and logs"""
     batch_size: int = 8
-    """pictures in an update"""
+    """samples in an update"""
     warmup: int = 100
-    """updates until the learning rate is reached"""
+    """updates until the highest learning rate is reached"""
+    weight_decay: float = 0.01
+    """of the matrices; embeddings, norms and biases do not decay"""
+    ema_decay: float = 0.999
+    """of the averaged weights, which are the ones that are kept"""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """of the matrices inside of the model; embeddings, norms and biases have adamw"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """of the forward passes"""
+    """of the matrices inside the model; embeddings, norms and biases always have adamw"""
+    precision: Precision = "auto"
+    """of the forward passes; auto is bf16 where the device is faster with it, otherwise fp32"""
     judge_every: OptionalInt = None
-    """updates between measuring PSNR; never if not given"""
+    """updates between evaluations, never if not given; of coglm by drawing 100 names of each split in each language,
+    of the other stages by PSNR"""
     seed: int = 0
     """of weights and batches"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    compile: bool = False
+    """compile the model first, which takes a minute or more"""
     resume: bool = True
-    """go on from the checkpoint in the folder, if there is one"""
+    """continue from the checkpoint in the folder, if there is one"""
     json: bool = False
     """print the result as JSON"""
 
-    def start(self, train: Callable[..., dict[str, Any]], name: str) -> int:
-        """Train, and say where the weights are."""
+    def train(self, stage: Literal["coglm", "direct", "iterative"]) -> Report:
+        """Train a stage; returns where its weights are, and the summary of ``training.fit``."""
         sizes = get_preset(self.preset)
         check_folder(self.out)
-        from minicogview.checkpoints.loading import find_folder
-        from minicogview.training.super_resolution import SuperResolutionRecipe
+        from minicogview.training import RunOptions, Settings, recipes
 
-        result = train(
-            sizes, find_folder(self.weights or self.preset), self.out,
-            recipe=SuperResolutionRecipe(batch_size=self.batch_size, seed=self.seed), judge_every=self.judge_every,
-            steps=self.steps, lr=self.lr, warmup=self.warmup, optimizer=self.optimizer, precision=self.precision,
-            device=self.device, resume=self.resume, progress=not self.json,
+        settings = Settings(
+            steps=self.steps, lr=self.lr, warmup=self.warmup, weight_decay=self.weight_decay,
+            ema_decay=self.ema_decay, precision=self.precision, optimizer=self.optimizer,
         )  # fmt: skip
-        return show({"weights": str(self.out / f"{name}.safetensors"), **result}, self.json)
+        options = RunOptions(
+            device=self.device, resume=self.resume, compile=self.compile, validate_every=self.judge_every,
+            progress=not self.json,
+        )  # fmt: skip
+        common = (sizes, self.source(), self.out, settings, options)
+        if stage == "coglm":
+            summary = recipes.train_coglm(*common, recipes.CogLMRecipe(batch_size=self.batch_size, seed=self.seed))
+        else:
+            recipe = recipes.SuperResolutionRecipe(batch_size=self.batch_size, seed=self.seed)
+            train = recipes.train_direct if stage == "direct" else recipes.train_iterative
+            summary = train(*common, recipe)
+        return {"weights": str(self.out / f"{stage}.safetensors"), **summary}
+
+    def source(self) -> Path:
+        """The folder of the weights to build on."""
+        from minicogview.checkpoints.loading import find_folder
+
+        return find_folder(self.weights or self.preset)
 
 
 Options = Annotated[StageRun, tyro.conf.arg(name="")]  # options without a prefix
+COGLM = StageRun(steps=13000, lr=1.2e-3, batch_size=64, warmup=200, weight_decay=0.05, optimizer="adamw")
 DIRECT, ITERATIVE = StageRun(steps=4200, lr=4e-3), StageRun(steps=4500, lr=3e-3)
 
 
-def train_direct(run: Options = DIRECT) -> int:
-    """Train direct super-resolution on top of a finished CogLM."""
-    from minicogview.training.recipes import train_direct as train
+def train_coglm(run: Options = COGLM) -> int:
+    """Train CogLM on the emoji, on all of its tasks; the defaults made the shipped one."""
+    report = run.train("coglm")
+    for name in ("vqvae.safetensors", "text.model"):
+        if not (run.out / name).exists():  # with these two, the folder can be given as --weights
+            shutil.copyfile(run.source() / name, run.out / name)
+    return show(report, run.json)
 
-    return run.start(train, "direct")
+
+def train_direct(run: Options = DIRECT) -> int:
+    """Train the direct stage on top of a finished CogLM."""
+    return show(run.train("direct"), run.json)
 
 
 def train_iterative(run: Options = ITERATIVE) -> int:
-    """Train iterative super-resolution, which starts from CogLM and the direct stage, and learns from its results."""
-    from minicogview.training.recipes import train_iterative as train
-
-    return run.start(train, "iterative")
-
-
-def train_coglm(
-    preset: str = "toy",
-    weights: OptionalFolder = None,
-    out: Folder = Path("runs/toy"),
-    steps: int = 13000,
-    lr: float = 1.2e-3,
-    batch_size: int = 64,
-    warmup: int = 200,
-    weight_decay: float = 0.05,
-    ema_decay: float = 0.999,
-    precision: Literal["bf16", "fp32"] = "bf16",
-    judge_every: OptionalInt = None,
-    seed: int = 0,
-    device: str = "auto",
-    compile: bool = False,
-    resume: bool = True,
-    json: bool = False,
-) -> int:
-    """Train the transformer on the emoji, on all of its tasks; the defaults made the shipped one.
-
-    Args:
-        preset: sizes of the model.
-        weights: folder with vqvae.safetensors and text.model; those that ship with the preset if not given.
-        out: folder for coglm.safetensors, checkpoints and logs.
-        steps: updates.
-        lr: highest learning rate.
-        batch_size: samples in an update.
-        warmup: updates until the learning rate is reached.
-        weight_decay: of AdamW.
-        ema_decay: of the averaged weights, which are those that are kept.
-        precision: of the forward passes.
-        judge_every: updates between drawing 100 names of each split in each language; never if not given.
-        seed: of weights and batches.
-        device: auto, cpu, cuda, cuda:1, ...
-        compile: compile the model first.
-        resume: go on from the checkpoint in the folder, if there is one.
-        json: print the result as JSON.
-    """
-    sizes = get_preset(preset)
-    check_folder(out)
-    from minicogview.checkpoints.loading import find_folder
-    from minicogview.training.coglm import CogLMRecipe
-    from minicogview.training.recipes import train_coglm as run
-
-    folder = find_folder(weights or preset)
-    result = run(
-        sizes, folder, out, recipe=CogLMRecipe(batch_size=batch_size, seed=seed), judge_every=judge_every,
-        steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay, ema_decay=ema_decay,
-        precision=precision, device=device, compile=compile, resume=resume, progress=not json,
-    )  # fmt: skip
-    for name in ("vqvae.safetensors", "text.model"):
-        if not (out / name).exists():  # with them, --weights takes the folder as it is
-            shutil.copyfile(folder / name, out / name)
-    return show({"weights": str(out / "coglm.safetensors"), **result}, json)
+    """Train the iterative stage, which starts from CogLM and the direct stage, and learns from the latter's codes."""
+    return show(run.train("iterative"), run.json)

@@ -1,9 +1,9 @@
 """Captions for the emoji: the plain name, and the many ways in which people write the same thing.
 
-A model that has only seen "red apple" is lost before "a picture of a red apple". Training therefore draws
-every caption anew with `vary`: the plain name most often (35 %), else with an article, inside a template,
-with the skin tone at another place, or with tags. The skin tone is never dropped, and the name only in the
-rare captions of tags alone (5 %), or of the skin tone alone, which then has to be learned apart from any character.
+A model that has only seen "red apple" does not understand "a picture of a red apple". Training therefore calls
+`vary` for a new caption each time: most often the plain name (35 %), otherwise the name with an article, in a
+template, with the skin tone in another place, or with tags. The skin tone is never dropped. The name is dropped only
+in the rare captions (5 %) of tags alone, or of the skin tone alone, which teach the tone apart from any character.
 
 The forms, in English and in Chinese:
     name       man cook: medium skin tone              男厨师: 中等肤色
@@ -12,7 +12,7 @@ The forms, in English and in Chinese:
     template   a picture of a man cook: medium ...     一张中等肤色的男厨师的图片
     tags       man cook: medium skin tone, chef        男厨师: 中等肤色，大厨
 
-Simplified: articles follow a few rules and short lists of exceptions, not a dictionary.
+Simplified: a few rules and short lists of exceptions choose the article, not a dictionary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minicogview.errors import MiniCogViewError
 
 LANGUAGES = ("en", "zh")
 
-# Fixed lists, the same in training and evaluation. The article of {} is added by `in_template`.
+# The same fixed lists in training and evaluation. `in_template` adds the article of {}.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": (
         "a picture of {}",
@@ -55,7 +55,7 @@ TONE_ORDERS: dict[str, tuple[str, ...]] = {
     "zh": ("{tone}的{head}", "{tone}{head}", "{head}，{tone}", "{head}: {tone}"),
 }
 
-# Tags that would turn one picture's caption into another's: "person" is tagged "man" here and there.
+# Tags that would turn a caption into that of another picture: some emoji of a person have the tag "man".
 GENDER_TAGS = frozenset(
     {"man", "men", "woman", "women", "male", "female", "boy", "girl", "person", "people", "lady", "guy"}
 )
@@ -95,7 +95,7 @@ def tags(emoji: Emoji, lang: str) -> list[str]:
 
 
 def head(emoji: Emoji, lang: str) -> str:
-    """The name without its skin tone, as one speaks it: "man: bald" is "bald man", "按键: 5" is "按键5"."""
+    """The name without its skin tone, as people say it: "man: bald" is "bald man", "按键: 5" is "按键5"."""
     first, colon, rest = name(emoji, lang).partition(": ")
     if emoji.tone:
         rest = rest.removeprefix(TONE_PHRASES[lang][emoji.tone]).removeprefix(", ")
@@ -109,7 +109,7 @@ def head(emoji: Emoji, lang: str) -> str:
 
 
 def article(phrase: str) -> str:
-    """The indefinite article of an English noun phrase, "" where there is none.
+    """The indefinite article of an English noun phrase, "" if it takes none.
 
     Example:
         >>> article("red apple"), article("orange"), article("unicorn"), article("sunglasses")
@@ -159,7 +159,7 @@ def in_template(template: str, emoji: Emoji, lang: str, phrase: str | None = Non
 
 
 def reordered(emoji: Emoji, lang: str, rng: random.Random) -> str:
-    """The name with its skin tone at one of several places; without a tone, the name as it is spoken."""
+    """The name with its skin tone in one of several places; for an emoji without a tone, its `head`."""
     if emoji.tone is None:
         return head(emoji, lang)
     form = rng.choice(TONE_ORDERS[lang])
@@ -167,7 +167,7 @@ def reordered(emoji: Emoji, lang: str, rng: random.Random) -> str:
 
 
 def vary(emoji: Emoji, lang: str, rng: random.Random) -> str:
-    """Draw one caption for training; the same state of `rng` gives the same caption."""
+    """One random caption for training; the same state of `rng` gives the same caption."""
     plain = name(emoji, lang)
     draw = rng.random()
     if draw < 0.35:
@@ -193,7 +193,7 @@ def _with_tags(phrase: str, emoji: Emoji, lang: str, rng: random.Random) -> str:
 
 
 def _tags_alone(emoji: Emoji, lang: str, rng: random.Random) -> str:
-    """Two to four tags and the skin tone, or the tone alone; the plain name where there are too few tags."""
+    """Two to four tags and the skin tone, or the tone alone; the plain name if there are too few tags."""
     if emoji.tone and rng.random() < 0.5:
         return TONE_PHRASES[lang][emoji.tone]
     usable = tags(emoji, lang)
@@ -206,7 +206,7 @@ def _tags_alone(emoji: Emoji, lang: str, rng: random.Random) -> str:
 
 
 def _vary_case(caption: str, rng: random.Random) -> str:
-    """Now and then a capital first letter, as at the start of a sentence, or no capitals at all."""
+    """One caption in ten begins with a capital letter, and one in ten has no capitals at all."""
     draw = rng.random()
     if draw < 0.10:
         return caption[:1].upper() + caption[1:]

@@ -1,4 +1,4 @@
-"""Data as the models see it: all emoji as pictures, as codes of either grid, and codes as pictures again.
+"""The emoji as tensors: pictures, the codes of both grids, and pictures decoded from codes.
 
 Shapes: ``N`` pictures, ``n`` coarse and ``F`` fine tokens of a picture, ``H`` x ``W`` pixels.
 """
@@ -21,13 +21,13 @@ def emoji_pictures(size: int, progress: bool = True) -> Tensor:
 
 @torch.no_grad()
 def encode_all(vqvae: VQVAE, pictures: Tensor, level: int, batch_size: int = 64) -> Tensor:
-    """Codes of many pictures: (N, 3, H, W) -> (N, n), raster order."""
+    """Codes of many pictures, encoded in batches: (N, 3, H, W) -> (N, n) in raster order."""
     codes = [vqvae.encode(batch, level) for batch in pictures.split(batch_size)]
     return rearrange(torch.cat(codes), "n h w -> n (h w)")
 
 
 def encode_pairs(vqvae: VQVAE, preset: Preset, rows: Tensor, progress: bool = True) -> tuple[Tensor, Tensor]:
-    """Coarse codes (N, n) and fine codes (N, F) of the emoji in these rows (N,)."""
+    """Coarse codes (N, n) and fine codes (N, F) of the emoji with these row numbers (N,)."""
     coarse, fine = (
         encode_all(vqvae, emoji_pictures(size, progress)[rows], preset.level, batch_size=16)
         for size in (preset.coarse_pixels, preset.fine_pixels)
@@ -37,7 +37,7 @@ def encode_pairs(vqvae: VQVAE, preset: Preset, rows: Tensor, progress: bool = Tr
 
 @torch.no_grad()
 def decode_all(vqvae: VQVAE, codes: Tensor, level: int, batch_size: int = 64) -> Tensor:
-    """Pictures of many code grids: (N, n) -> (N, 3, H, W), clamped to 0..1."""
+    """Pictures of many code grids, decoded in batches: (N, n) -> (N, 3, H, W), clamped to 0..1."""
     side = int(codes.shape[1] ** 0.5)
     grids = rearrange(codes, "n (h w) -> n h w", h=side)
     return torch.cat([vqvae.decode(batch, level).clamp(0, 1) for batch in grids.split(batch_size)])

@@ -2,13 +2,13 @@
 
 `emoji.json.xz` holds Microsoft's Fluent Emoji Flat as SVG text together with names and tags of Unicode CLDR;
 `scripts/make_emoji.py` made it. `render` draws all of them once and keeps the pixels in a cache folder.
-1,594 characters have no skin tone, and 309 of them exist in five tones as well. `heldout.json` fixes what
+There are 1,594 characters without a skin tone, and 309 of them also exist in five tones. `heldout.json` fixes what
 training never sees: some pairs of character and tone (a test of composition), and some whole characters
-that the picture tokenizer is judged on.
+that the picture tokenizer is evaluated on.
 
 Shapes: N pictures, S pixels a side.
 
-Different on purpose: a picture is drawn large and averaged down by whole blocks, so the pictures of 32 and
+Different on purpose: a picture is drawn large and then averaged over blocks of pixels, so the pictures of 32 and
 96 pixels are box averages of the same 192-pixel drawing, and nothing depends on how a resampler rounds.
 """
 
@@ -35,8 +35,8 @@ from minicogview.errors import MiniCogViewError
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 SPLITS = ("all", "names", "train", "heldout", "tokenizer_heldout")
-DRAWING_SIZE = 192  # pixels; a size is drawn at its first multiple from here on
-RENDER_VERSION = 1  # part of the cache's name: raise it when the drawing changes
+DRAWING_SIZE = 192  # pixels; every size is drawn at its smallest multiple that is not below this
+RENDER_VERSION = 1  # part of the cache file's name: raise it when the way of drawing changes
 HERE = Path(__file__).parent
 
 
@@ -93,7 +93,7 @@ def load_emoji(split: str = "all") -> list[Emoji]:
     Args:
         split: "all"; "names" (without skin tones); "train" (all but the held-out pairs of character and
             tone); "heldout" (those pairs); "tokenizer_heldout" (characters that the VQ-VAE is never
-            trained on, in any colour; CogLM does see them).
+            trained on, in any skin tone; CogLM does see them).
 
     Raises:
         MiniCogViewError: for another split.
@@ -120,7 +120,7 @@ def indices(emoji: Sequence[Emoji]) -> np.ndarray:
 
 
 def cache_folder() -> Path:
-    """Where rendered pictures are kept: MINICOGVIEW_CACHE, or the user's cache folder on this system."""
+    """Where rendered pictures are kept: MINICOGVIEW_CACHE, or this system's cache folder of the user."""
     chosen = os.environ.get("MINICOGVIEW_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -134,7 +134,7 @@ def cache_folder() -> Path:
 
 
 def cache_file(size: int) -> Path:
-    """The cache file of one size; its name changes when the packed drawings or the way of drawing do."""
+    """The cache file of one size; its name changes with the packed drawings and with the way of drawing."""
     digest = hashlib.sha256(_packed()).hexdigest()[:12]
     return cache_folder() / f"emoji_{size}px_{digest}_v{RENDER_VERSION}.npy"
 
@@ -143,7 +143,7 @@ def draw(svg: str, size: int) -> np.ndarray:
     """Draw one SVG text on white: (S, S, 3) uint8, S = `size` pixels.
 
     Raises:
-        MiniCogViewError: when resvg-py is not installed.
+        MiniCogViewError: if resvg-py is not installed.
     """
     try:
         import resvg_py
@@ -173,7 +173,7 @@ def render(size: int, progress: bool = True) -> np.ndarray:
     `progress` is False) and writes them to `cache_file(size)`; later calls read that file.
 
     Raises:
-        MiniCogViewError: when `size` is below 1, or resvg-py is missing and the cache file too.
+        MiniCogViewError: if `size` is below 1, or if both resvg-py and the cache file are missing.
     """
     if size < 1:
         raise MiniCogViewError(f"emoji cannot be drawn {size} pixels wide: size must be at least 1")
@@ -193,7 +193,7 @@ def render(size: int, progress: bool = True) -> np.ndarray:
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The cached pictures, or None where the file is missing, damaged or of another form."""
+    """The cached pictures; None if the file is missing, damaged or of another shape."""
     try:
         pictures = np.load(path)
     except (OSError, ValueError, EOFError):
@@ -204,7 +204,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write(path: Path, pictures: np.ndarray) -> None:
-    """Write beside the target and rename: a reader never meets half a file, two writers do no harm."""
+    """Write a temporary file and rename it: no reader sees half a file, and two writers do not disturb each other."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:

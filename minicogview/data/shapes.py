@@ -1,15 +1,15 @@
 """Generated scenes of simple shapes, their captions, and an exact check of what a picture shows.
 
-"A small red circle above a big blue square": one or two shapes with a size, a colour, a shape and a relation.
-A tiny model learns them in a minute, and `check` tells which words of the caption it obeyed, without any
-judge that would itself have to be trained.
+"A small red circle above a big blue square": one or two things, each with a size, a colour and a shape, and their
+relation. A tiny model learns them in a minute, and `check` tells which words of the caption a picture obeys; no judge
+has to be trained for it.
 
-How `check` sees: every clear pixel takes the nearest palette colour; a blurred pixel between two areas takes
-the colour of a clear neighbour; connected components are objects; the shape and the size are those of the
-template that overlaps the component best. So it bears the softness that a VQ-VAE leaves.
+How `check` works: every clear pixel gets the nearest palette colour; a blurred pixel between two areas gets the
+colour of a clear neighbour; connected components are objects; their shape and size are those of the template that
+overlaps the component best. So the blur that a VQ-VAE leaves does no harm.
 
-Shapes: S pixels a side. Everything stands on a grid of quarters of the canvas, so a token of S/4 or S/8
-pixels sees few different patches.
+Shapes: S pixels a side. Things are placed in quarters of the canvas, so that a token of S/4 or S/8 pixels sees few
+different patches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "big")
 RELATIONS = ("above", "below", "left of", "right of")
 ATTRIBUTES = ("count", "colour", "shape", "size", "relation")
-# Pairs that training never sees, one colour for each shape; both parts are common in other pairs.
+# Pairs that training never sees, one for each shape; each colour and each shape is common in other pairs.
 HELDOUT_PAIRS = frozenset({("red", "circle"), ("green", "square"), ("blue", "triangle"), ("yellow", "cross")})
 
 CHINESE = {
@@ -60,9 +60,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things of different colours; `relation` tells where the first stands, seen from the second.
+    """One or two things of different colours; `relation` tells where the first is, seen from the second.
 
-    `place` is not in the caption: the quarter (0..3) of a single thing, the column or row (0, 1) of a pair.
+    The caption does not tell `place`: the quarter (0..3) of a single thing, or the column or row (0, 1) of a pair.
     """
 
     things: tuple[Thing, ...]
@@ -71,12 +71,12 @@ class Scene:
 
 
 def random_scene(rng: random.Random, heldout: bool = False) -> Scene:
-    """Draw a scene: without any held-out pair of colour and shape, or with one in its first thing."""
+    """A random scene without held-out pairs of colour and shape or, if `heldout`, with one in its first thing."""
     first = _random_thing(rng, heldout)
     if rng.random() < 0.3:
         return Scene(things=(first,), relation=None, place=rng.randrange(4))
     second = _random_thing(rng, heldout=False)
-    while second.colour == first.colour:  # two touching things of one colour would be one
+    while second.colour == first.colour:  # two things of one colour that touch would be one component
         second = _random_thing(rng, heldout=False)
     return Scene(things=(first, second), relation=rng.choice(RELATIONS), place=rng.randrange(2))
 
@@ -105,7 +105,7 @@ def caption(scene: Scene, lang: str) -> str:
 
 @lru_cache(maxsize=64)
 def mask(shape: str, side: int) -> np.ndarray:
-    """The pixels of one shape in its square box: (side, side) bool."""
+    """The pixels that belong to a shape, in its square box: (side, side) bool."""
     centres = (np.arange(side) + 0.5) / side * 2 - 1  # of the pixels, in -1..1
     y, x = centres[:, None], centres[None, :]
     if shape == "circle":
@@ -126,7 +126,7 @@ def side_of(size: str, canvas: int) -> int:
 
 
 def _corner(thing: Thing, row: int, column: int, canvas: int) -> tuple[int, int]:
-    """Top-left pixel of a thing in its quarter; a small one in the middle, on the 4-pixel grid."""
+    """Top-left pixel of a thing in its quarter; a small one is centred, on a grid of 4 pixels."""
     inset = 0 if thing.size == "big" else canvas // 8 // 4 * 4
     return row * canvas // 2 + inset, column * canvas // 2 + inset
 
@@ -159,7 +159,7 @@ def draw(scene: Scene, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Found:
-    """An object seen in a picture. `thing.shape` is "unknown" where no template fits; centre in pixels."""
+    """An object found in a picture. `thing.shape` is "unknown" if no template fits; `centre` is in pixels."""
 
     thing: Thing
     centre: tuple[float, float]  # (row, column)
@@ -172,15 +172,15 @@ def check(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
         picture: (S, S, 3) uint8, S a multiple of 16.
 
     Returns:
-        "count", "colour", "shape", "size" and, for two things, "relation", each True or False. The objects
-        found are matched with the scene's things in the way that suits the scene best, so a single
-        exchanged attribute is reported as that attribute alone.
+        "count", "colour", "shape", "size" and, for two things, "relation", each True or False. The objects that
+        are found are matched with the scene's things in the way that fits the scene best, so that one wrong
+        attribute is reported as that attribute alone.
     """
     found = find(picture)
     n = len(scene.things)
     candidates: list[Found | None] = [*found, *[None] * n]
     results = [_compare(matched, scene) for matched in permutations(candidates, n)]
-    # Of equally good matches the one that keeps the colours: red above green instead of green above red is a
+    # Of equally good matches take the one with the right colours: green above red instead of red above green has a
     # wrong relation, not two wrong colours.
     best = max(results, key=lambda result: (sum(result.values()), *result.values()))
     return {"count": len(found) == n, **best}
@@ -200,7 +200,7 @@ def _compare(matched: Sequence[Found | None], scene: Scene) -> dict[str, bool]:
 
 
 def relation_of(first: Found, second: Found) -> str:
-    """Where the first object stands, seen from the second, along the axis on which they differ most."""
+    """Where the first object is, seen from the second, along the axis on which they are further apart."""
     down, right = first.centre[0] - second.centre[0], first.centre[1] - second.centre[1]
     if abs(down) >= abs(right):
         return "above" if down < 0 else "below"
@@ -208,7 +208,7 @@ def relation_of(first: Found, second: Found) -> str:
 
 
 def find(picture: np.ndarray) -> list[Found]:
-    """All objects in a picture, (S, S, 3) uint8; specks far smaller than the smallest shape are left out."""
+    """All objects in a picture, (S, S, 3) uint8; specks far smaller than the smallest shape are ignored."""
     canvas = picture.shape[0]
     labels = nearest_colours(picture)
     least = mask("cross", side_of("small", canvas)).sum() / 2
@@ -224,10 +224,10 @@ def find(picture: np.ndarray) -> list[Found]:
 
 
 def nearest_colours(picture: np.ndarray) -> np.ndarray:
-    """Number of each pixel's palette colour, 0 = white: (S, S) int64.
+    """Index of each pixel's palette colour, 0 = white: (S, S) int64.
 
-    A blurred pixel between red and white is pink, and pink may lie nearest to a third colour. So only
-    clear pixels decide alone; the others take the nearest among the colours of clear pixels around them.
+    A blurred pixel between red and white is pink, and pink may be nearest to a third colour. So only clear pixels
+    get the nearest colour of all; the others get the nearest among the colours of the clear pixels around them.
     """
     palette = np.array([WHITE, *COLOURS.values()], dtype=np.float32)  # (K, 3)
     distance = np.linalg.norm(picture[:, :, None].astype(np.float32) - palette, axis=-1)  # (S, S, K)
@@ -239,7 +239,7 @@ def nearest_colours(picture: np.ndarray) -> np.ndarray:
 
 
 def _grow(area: np.ndarray) -> np.ndarray:
-    """An area and its eight neighbours in every direction: (S, S, ...) bool -> the same shape."""
+    """An area and the eight neighbours of each of its pixels: (S, S, ...) bool -> the same shape."""
     height, width = area.shape[:2]
     padded = np.pad(area, [(1, 1), (1, 1)] + [(0, 0)] * (area.ndim - 2))
     shifted = [padded[i : i + height, j : j + width] for i, j in product(range(3), repeat=2)]
@@ -247,7 +247,7 @@ def _grow(area: np.ndarray) -> np.ndarray:
 
 
 def components(area: np.ndarray) -> list[np.ndarray]:
-    """Connected parts of an area, corners count as connected: (S, S) bool -> list of (S, S) bool."""
+    """Connected parts of an area, diagonals included: (S, S) bool -> list of (S, S) bool."""
     left, parts = area.copy(), []
     while left.any():
         part = np.zeros_like(left)
@@ -262,7 +262,7 @@ def components(area: np.ndarray) -> list[np.ndarray]:
 
 
 def _best_template(component: np.ndarray) -> tuple[str, str]:
-    """(shape, size) of the template with the best intersection over union, shifts of 1 pixel tried."""
+    """(shape, size) of the template with the best intersection over union, over shifts of up to 1 pixel."""
     canvas = component.shape[0]
     framed = np.pad(component, canvas // 2 + 2)
     middle = np.argwhere(framed).mean(axis=0) + 0.5

@@ -1,12 +1,12 @@
-"""Training: one loop (``loop.fit``), its log, its checkpoint, and one module per objective.
+"""Training: one loop (``loop.fit``), its optimizers, its log, its checkpoint, and one module per objective.
 
 Nothing here needs more than torch, numpy, einops, sentencepiece, safetensors, pillow and tqdm, so that it
-runs on a bare GPU machine. TensorBoard is used when it is installed.
+runs on a bare GPU machine. TensorBoard is used where it is installed.
 """
 
 from __future__ import annotations
 
-from minicogview.training.loop import fit
-from minicogview.training.resume import Objective, Precision
+from minicogview.training.loop import RunOptions, fit
+from minicogview.training.resume import Objective, Precision, Settings
 
-__all__ = ["Objective", "Precision", "fit"]
+__all__ = ["Objective", "Precision", "RunOptions", "Settings", "fit"]

@@ -1,8 +1,8 @@
 """Learn a codebook: every row follows the vectors that choose it, and no row stays unused.
 
 A row gets no gradient. It is a moving average of the vectors that chose it (van den Oord et al. 2017,
-"Neural discrete representation learning", appendix A.1); a row that nothing chooses any more is moved to where
-the codebook serves badly (as in Jukebox, Dhariwal et al. 2020, section 3.1, which draws the place evenly).
+"Neural discrete representation learning", appendix A.1). A row that no vector chooses any more is moved to a vector
+that is far from every row; Jukebox (Dhariwal et al. 2020, section 3.1) moves it to any vector, all equally likely.
 
 Shapes: M vectors, K codebook rows, C their width.
 """
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 
 class CodebookLearner:
-    """Keeps the codebook in the middle of the vectors that choose it.
+    """Keeps every row of the codebook at the mean of the vectors that choose it.
 
-    ``counts`` (K,) and ``sums`` (K, C) are moving averages, per step, of how many vectors chose a row and of
-    their sum.
+    ``counts`` (K,) and ``sums`` (K, C) are moving averages over steps: how many vectors chose a row, and their sum.
     """
 
     def __init__(self, codebook: nn.Parameter, decay: float = 0.99, dead_below: float = 0.03) -> None:
@@ -27,7 +26,7 @@ class CodebookLearner:
 
     @torch.no_grad()
     def place(self, z: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
-        """Start by k-means on the vectors z (M, C), seeded with the k-means++ rule in large steps."""
+        """Place the rows by k-means on the vectors z (M, C), seeded by k-means++ with many centres at a time."""
         size = len(self.codebook)
         centres = z[torch.randint(len(z), (1,), generator=generator)]
         while len(centres) < size:
@@ -51,10 +50,10 @@ class CodebookLearner:
 
     @torch.no_grad()
     def settle(self, z: Tensor, generator: torch.Generator, rounds: int = 6, apart: float = 0.12) -> int:
-        """Leave no two rows closer than ``apart`` of the deviation of z (M, C), and use those set free elsewhere.
+        """Merge rows closer than ``apart`` standard deviations of z (M, C), and place the spare ones elsewhere.
 
-        A dense cluster, such as a plain background, attracts dozens of rows that mean the same: the codes of equal
-        cells then differ by chance. k-means rounds, each followed by merging; returns how many rows moved.
+        A dense cluster, such as a plain background, attracts dozens of rows that mean the same, and the codes of equal
+        cells then differ by chance. Each round is one of k-means and then merges; returns how many rows moved.
         """
         limit = apart * float(z.var(0).sum().sqrt())
         n_moved = 0
@@ -73,13 +72,13 @@ class CodebookLearner:
 
     @torch.no_grad()
     def revive(self, z: Tensor, generator: torch.Generator) -> int:
-        """Move rows that are hardly chosen onto vectors of z (M, C) that lie far from every row; how many."""
+        """Move rarely chosen rows onto vectors of z (M, C) that are far from every row; returns how many moved."""
         dead = (self.counts < self.dead_below).nonzero()[:, 0]
         n = min(len(dead), len(z) // 8)
         if n:
             dead = dead[:n]
             self.codebook[dead] = z[_far_from(self.codebook, z, n, generator)]
-            self.counts[dead] = 1.0  # as if chosen once a step: time to win vectors before it counts as dead
+            self.counts[dead] = 1.0  # as if chosen once a step: the row has time to attract vectors
             self.sums[dead] = self.codebook[dead]
         return n
 
@@ -91,13 +90,13 @@ def _tally(codes: Tensor, z: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the nearest row and squared distance to it, both (M,), in pieces that fit into memory."""
+    """Index of the nearest row and squared distance to it, both (M,), computed in pieces to save memory."""
     found = [torch.cdist(part, rows).min(1) for part in z.split(65536)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).pow(2)
 
 
 def _too_close(rows: Tensor, counts: Tensor, limit: float) -> Tensor:
-    """(K,) bool: rows closer than ``limit`` to one that is chosen more often and stays."""
+    """(K,) bool: rows closer than ``limit`` to a row that is chosen more often and is kept."""
     distance = torch.cdist(rows, rows)
     spare = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     for row in counts.argsort(descending=True).tolist():
@@ -109,9 +108,9 @@ def _too_close(rows: Tensor, counts: Tensor, limit: float) -> Tensor:
 
 
 def _far_from(rows: Tensor, z: Tensor, n: int, generator: torch.Generator, at_least: float = 0.0) -> Tensor:
-    """Numbers (n,) of vectors drawn in proportion to the squared distance to the nearest row, if ``at_least`` far.
+    """Indices (n,) of vectors at least ``at_least`` from every row, drawn in proportion to the squared distance.
 
-    Drawn evenly, most would show the same plain background and crowd the codebook there.
+    If all vectors were equally likely, most of those drawn would show the same plain background.
     """
     distance = _nearest(z, rows)[1]
     worth = torch.where(distance > at_least**2, distance, 0) + 1e-9  # never all zero

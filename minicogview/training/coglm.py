@@ -1,13 +1,13 @@
-"""What CogLM learns from: captions and coarse pictures, cut into samples of four tasks and mixed in a batch.
+"""What CogLM learns from: captions and coarse pictures, made into samples of four tasks that share a batch.
 
-The idea: every sample is (text, picture); the task decides the mask (``masking.py``). Three tasks are the
-original's (draw, caption with patch infilling, text spans); ``complete`` trains with the mask that editing uses,
-which the original met for the first time at inference. CogView2 (arXiv 2204.14217), section 3.1.
+The idea: every sample is a text and a picture; the task decides the mask (``masking.py``). Three tasks are the
+original's (draw, caption with patch infilling, text spans). ``complete`` trains with the mask that editing uses,
+which the original meets for the first time at inference. CogView2 (arXiv 2204.14217), section 3.1.
 
-The original never published this part. Ours adds what made a small model draw what it was not shown:
-token embeddings that start from the codebook, input codes replaced at random or by those of a picture that looks
-much the same (so that the text is trusted more than the last tokens), targets spread over neighbouring codes,
-captions left out now and then, and words that count more than codes, of which there are many more.
+The original's authors never published this part. Ours adds what made a small model draw combinations that it was
+never shown: token embeddings that start from the codebook; input codes replaced at random or by those of a similar
+picture, so that the model trusts the text more than the latest tokens; targets spread over neighbouring codes;
+captions left out now and then; and a larger weight for text tokens, since a sample has far more picture tokens.
 
 Shapes: ``S`` sequence length, ``n`` picture tokens, ``K`` codebook size.
 """
@@ -25,19 +25,19 @@ from torch import Tensor
 
 from minicogview import masking
 from minicogview.coglm import Batch, CogLM, collate
+from minicogview.data.captions import LANGUAGES
 from minicogview.masking import Sample
 from minicogview.tokenizer import Tokenizer
 
 TASKS = ("draw", "caption", "complete", "text")
-LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True)
 class CogLMData:
-    """Everything there is to learn from.
+    """Pictures and their words.
 
-    ``describe(i, language, rng)`` gives a caption of picture ``i``, a different one each time if it likes;
-    ``name(i, language)`` its plain name. Both names, English and Chinese, follow a picture that is captioned.
+    ``describe(i, language, rng)`` returns a caption of picture ``i``, which may be another one each time;
+    ``name(i, language)`` returns its plain name. In captioning, a picture is followed by a text in each language.
     """
 
     codes: Tensor  # (N, n) int64, coarse picture tokens
@@ -52,14 +52,14 @@ class CogLMRecipe:
 
     batch_size: int = 64
     shares: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)  # of TASKS
-    no_caption: float = 0.1  # drawn without a text, for classifier-free guidance
-    plain_caption: float = 0.5  # captions to be written are the plain name this often, else `describe`'s
-    text_weight: float = 3.0  # a predicted word counts as much as this many codes
-    lookalike: float = 0.4  # drawn with some of the input codes of another, similar picture
+    no_caption: float = 0.1  # of "draw" samples: without a text, for classifier-free guidance
+    plain_caption: float = 0.5  # of "caption" targets: the plain name; the others come from ``describe``
+    text_weight: float = 3.0  # weight of a text token in the loss; a picture token has weight 1
+    lookalike: float = 0.4  # of "draw" samples: some input codes are replaced by those of a similar picture
     n_lookalikes: int = 8
-    max_noise: float = 0.3  # each sample's share of replaced input codes is uniform up to this
-    foreign: float = 0.3  # of the replaced codes: any code; the others: a neighbour in the codebook
-    spread: float = 0.1  # of each target given to neighbouring codes
+    max_noise: float = 0.3  # the share of replaced input codes is uniform between 0 and this
+    foreign: float = 0.3  # of the replaced codes: by any code; the others by a neighbour in the codebook
+    spread: float = 0.1  # probability that a target gives to neighbouring codes
     n_neighbours: int = 8
     seed: int = 0
 
@@ -71,7 +71,7 @@ def neighbours(codebook: Tensor, count: int) -> Tensor:
 
 
 def spread_targets(codebook: Tensor, spread: float, count: int) -> Tensor:
-    """(K, K) target distributions: ``1 - spread`` on the true code, the rest on its neighbours by closeness."""
+    """(K, K) target distributions: ``1 - spread`` on the true code, the rest on its neighbours, more on nearer ones."""
     near = neighbours(codebook, count)
     squared = (codebook[:, None] - codebook[near]).square().sum(-1)  # (K, count)
     weights = (-squared / squared.mean(-1, keepdim=True).clamp_min(1e-12)).softmax(-1)
@@ -80,17 +80,17 @@ def spread_targets(codebook: Tensor, spread: float, count: int) -> Tensor:
 
 
 def lookalikes(codes: Tensor, count: int) -> Tensor:
-    """(N, count) rows of the pictures that share most codes with each picture of ``codes`` (N, n), place by place.
+    """(N, count) rows of the pictures that have the most codes of ``codes`` (N, n) in common with each picture.
 
-    Among the emoji these are the same character in other skin tones, or another one with the same pose: pictures
-    that only the text tells apart.
+    Codes are compared cell by cell. Among the emoji such pictures are the same character in other skin tones, or
+    another character in the same pose: only the text tells them apart.
     """
     shared = torch.stack([(codes == picture).sum(1) for picture in codes]).fill_diagonal_(-1)  # (N, N)
     return shared.topk(min(count, len(codes) - 1)).indices
 
 
 def embed_codebook(model: CogLM, codebook: Tensor, generator: torch.Generator) -> None:
-    """Start the picture rows of the token table as a random rotation of the codebook: near codes look alike."""
+    """Initialize the token table's picture rows by a random rotation of the codebook: near codes get near rows."""
     table = model.transformer.token_embedding.weight
     centred = codebook - codebook.mean(0)
     rotation = torch.randn(codebook.shape[1], table.shape[1], generator=generator)
@@ -100,7 +100,7 @@ def embed_codebook(model: CogLM, codebook: Tensor, generator: torch.Generator) -
 
 
 class CogLMObjective:
-    """Draws batches that depend on (seed, step) alone, and computes their loss. See ``training.fit``."""
+    """Makes batches that depend on (seed, step) alone, and computes their loss. See ``training.fit``."""
 
     def __init__(
         self,
@@ -118,22 +118,22 @@ class CogLMObjective:
         self._group = lru_cache(maxsize=1)(self._make_group)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of batch ``step`` in nats per predicted token, words weighted."""
+        """Loss of batch ``step`` in nats per predicted token, with ``text_weight``."""
         device = self.model.device
         batch = self.batch(step).to(device)
         loss = self.model(batch, self.targets.to(device), self.recipe.text_weight)
         return loss, {"samples": len(batch.tokens), "tokens": batch.tokens.numel()}
 
     def validate(self) -> dict[str, float]:
-        """Whatever was handed in to judge the model by; nothing by default."""
+        """The values of the function that was given as ``validate``; none without it."""
         return self._validate(self.model) if self._validate else {}
 
     # --- batches ------------------------------------------------------------------------------------------
 
-    GROUP = 8  # batches that are drawn together and sorted by length, to save padding
+    GROUP = 8  # batches whose samples are sorted by length together, to save padding
 
     def batch(self, step: int) -> Batch:
-        """Batch number ``step``: all samples have the length that its longest text needs."""
+        """Batch number ``step``: all samples are padded to the length that the longest one needs."""
         picks = self._group(step // self.GROUP)[step % self.GROUP]
         rng = np.random.default_rng((self.recipe.seed, step))
         length = max(self._length(task, text) for _, task, _, text in picks)
@@ -159,11 +159,11 @@ class CogLMObjective:
         return np.random.default_rng((self.recipe.seed, 7, epoch)).permutation(len(self.data.codes)).tolist()
 
     def _length(self, task: str, text: list[int]) -> int:
-        """Tokens that a sample needs; all tasks but "text" have a picture, and a start token before something."""
+        """Tokens that a sample needs; all tasks but "text" have a picture and one start token more."""
         return len(text) if task == "text" else len(text) + 1 + self.data.codes.shape[1]
 
     def _text(self, picture: int, task: str, language: str, rng: random.Random) -> list[int]:
-        """Token ids of what is said about a picture, at most as many as fit."""
+        """Token ids of the text that goes with a picture, cut to the length that fits."""
         if task == "caption":
             first, second = (self._caption(picture, each, rng) for each in _both(language))
             return [*first, self.model.config.ids.pad, *second]
@@ -178,7 +178,7 @@ class CogLMObjective:
         return text[:limit]
 
     def _caption(self, picture: int, language: str, rng: random.Random) -> list[int]:
-        """A caption that is to be predicted, closed by </s>; its language token takes a position too."""
+        """A caption to be predicted, closed by </s>; its language token takes a position too."""
         plain = rng.random() < self.recipe.plain_caption
         text = self.data.name(picture, language) if plain else self.data.describe(picture, language, rng)
         limit = self.model.config.layout.max_text - 2
@@ -204,7 +204,7 @@ class CogLMObjective:
                 sample = masking.text_to_image(raw, ids, layout)
                 self._mix_in_lookalike(sample, picture, rng)
             else:
-                # Half of the pictures are left whole: that is how captions are scored and written.
+                # Half of the pictures are left whole, as they are when captions are scored and generated.
                 corners = masking.draw_patches(seeded, layout) if rng.random() < 0.5 else []
                 starts = [{"en": ids.boe, "zh": ids.boc}[each] for each in _both(language)]
                 sample = masking.image_to_text(raw, ids, layout, starts, corners)
@@ -212,9 +212,9 @@ class CogLMObjective:
         return sample
 
     def _mix_in_lookalike(self, sample: Sample, picture: int, rng: np.random.Generator) -> None:
-        """Replace some or all of the picture's input codes, in place, by those of a picture that looks like it.
+        """Replace some or all of the picture's input codes, in place, by those of a similar picture.
 
-        Otherwise a wrong first guess, of a skin tone for example, is kept up through the whole picture.
+        Otherwise the model repeats a wrong first guess, of a skin tone for example, through the whole picture.
         """
         if rng.random() >= self.recipe.lookalike:
             return
@@ -224,7 +224,7 @@ class CogLMObjective:
         own[hit] = other[hit]
 
     def _add_noise(self, sample: Sample, rng: np.random.Generator) -> None:
-        """Replace some input codes, in place; what is to be predicted stays as it was."""
+        """Replace some input codes, in place; the labels stay as they are."""
         recipe, tokens = self.recipe, sample.tokens.numpy()
         rate = rng.uniform(0, recipe.max_noise)
         hit = (tokens < self.model.config.n_codes) & (rng.random(len(tokens)) < rate)

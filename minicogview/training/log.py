@@ -1,7 +1,7 @@
 """The log of a training run: one JSON line per window of steps, and TensorBoard where it is installed.
 
-After a resume the log reads as if the run had never stopped: lines beyond the checkpoint are dropped,
-because those steps are done again.
+After a resume the log reads as if the run had never stopped: lines that are newer than the checkpoint are dropped,
+because their steps are repeated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Log:
         self.since = time.monotonic()
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
-        """Take in one step's scalars; a key may be absent from some steps."""
+        """Add one step's scalars to the window; a key may be absent from some steps."""
         for key, value in values.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self.sums[key] = self.sums.get(key, 0.0) + value
@@ -50,10 +50,17 @@ class Log:
 
     def means(self) -> dict[str, float]:
         """Means of the window; the counts "tokens" and "samples" become rates per second."""
-        sums = {key: float(value) for key, value in self.sums.items()}  # a GPU is waited for here ...
+        sums = {key: float(value) for key, value in self.sums.items()}  # this waits for a GPU ...
         seconds = max(time.monotonic() - self.since, 1e-9)  # ... so the clock is read after it
         rates = {f"{key}_per_s": sums.pop(key) / seconds for key in ("tokens", "samples") if key in sums}
         return {key: value / self.counts[key] for key, value in sums.items()} | rates
+
+    def write_means(self, step: int) -> dict[str, float]:
+        """Write a line with the means of the window after ``step`` updates, and begin a new window."""
+        means = self.means()
+        self.write(step, means, "train")
+        self.restart()
+        return means
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """One line of scalars, named ``prefix/key``, after ``step`` updates."""
@@ -65,13 +72,13 @@ class Log:
                 self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds back."""
+        """Write what TensorBoard has buffered."""
         if self.board is not None:
             self.board.close()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """Lines of an earlier log up to ``step``: later ones are written again, a torn one is dropped."""
+    """Lines of an earlier log up to ``step``; later lines will be written again, and incomplete ones are dropped."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""One training loop for every model: AdamW or Muon, cosine schedule, averaged weights, and exact resume.
+"""One training loop for every model: AdamW or Muon, a cosine schedule, averaged weights, and exact resume.
 
-The loop knows steps; an *objective* knows what is learned. ``objective.loss(step)`` draws its own batch from
-(seed, step) alone, so nothing about the data has to be stored: a run that was killed goes on from its last
+The loop counts steps; an *objective* knows what is learned. ``objective.loss(step)`` draws its own batch from
+(seed, step) alone, so nothing about the data has to be stored: a run that was killed resumes from its last
 checkpoint and ends with the very same weights, bit for bit on a CPU, as one that was never interrupted.
 
-The averaged weights (EMA) are those to judge and to ship: averaging takes out the noise of single steps
+The averaged weights (EMA) are the ones to evaluate and to ship: averaging removes the noise of single steps
 (Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", 1992).
 
 Simplified: one device, one precision, no gradient accumulation. Scale is applied from outside.
@@ -15,10 +15,11 @@ statistics, which are running means already) and frozen base weights are used as
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,163 +28,53 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from minicogview.errors import MiniCogViewError
+from minicogview.scale.machine import pick_device, training_precision
 from minicogview.training.log import Log
-from minicogview.training.resume import EMA, Checkpoint, Objective, OptimizerName, Precision, Settings
+from minicogview.training.optimizers import learning_rate, make_optimizers
+from minicogview.training.resume import EMA, Checkpoint, Objective, Settings
 
 
-def learning_rate(step: int, *, steps: int, lr: float, warmup: int) -> float:
-    """Learning rate of update number ``step`` (from 0): linear warm-up to ``lr``, then a cosine to zero.
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out. None of this decides the resulting weights, so it may differ after a resume.
 
-    Example:
-        >>> [round(learning_rate(s, steps=8, lr=1.0, warmup=2), 2) for s in (0, 1, 2, 5, 8)]
-        [0.5, 1.0, 1.0, 0.5, 0.0]
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", ...; see ``scale.machine.pick_device``.
+        resume: continue from the folder's checkpoint if there is one; otherwise it is overwritten.
+        compile: compile the model's forward pass. Compiled kernels may round differently.
+        max_seconds: stop (and save) after this time; None: never.
+        save_every_s, save_every: seconds and (if given) updates between checkpoints.
+        validate_every: updates between calls of ``objective.validate``, which is also called after the last
+            update; None: never.
+        log_every: updates between lines of the log.
+        progress: show a progress bar.
     """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    device: str = "auto"
+    resume: bool = True
+    compile: bool = False
+    max_seconds: float | None = None
+    save_every_s: float = 120.0
+    save_every: int | None = None
+    validate_every: int | None = None
+    log_every: int = 20
+    progress: bool = True
 
 
-def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW over the trainable parameters; biases, norms (all 1-D) and embeddings do not decay.
-
-    With ``settings.optimizer`` "muon", Muon has the matrices inside of the model and AdamW the rest. Muon makes each
-    update's singular values equal (Jordan et al., "Muon: an optimizer for hidden layers", 2024), and torch scales it
-    to the size of AdamW's updates, so that one learning rate serves both.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise MiniCogViewError("the model has no trainable parameter: set requires_grad on what should learn")
-    by_muon = [settings.optimizer == "muon" and p.ndim == 2 and id(p) not in embeddings for p in trainable]
-    matrices = [p for p, muon in zip(trainable, by_muon) if muon]
-    rest = [p for p, muon in zip(trainable, by_muon) if not muon]
-    decays = [p.ndim >= 2 and id(p) not in embeddings for p in rest]
-    groups = [
-        {"params": [p for p, d in zip(rest, decays) if d], "weight_decay": settings.weight_decay},
-        {"params": [p for p, d in zip(rest, decays) if not d], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        fused = trainable[0].device.type in ("cpu", "cuda")  # one pass over memory instead of about ten
-        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused))
-    if matrices:
-        if not hasattr(torch.optim, "Muon"):
-            raise MiniCogViewError(f"torch {torch.__version__} has no Muon: install 2.9 or newer, or use adamw")
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimizers
+DEFAULTS = RunOptions()
 
 
-def _update(
-    objective: Objective,
-    optimizers: list[torch.optim.Optimizer],
-    settings: Settings,
-    device: torch.device,
-    step: int,
-) -> dict[str, Any]:
-    """One update of the weights; returns the scalars to log."""
-    rate = learning_rate(step, steps=settings.steps, lr=settings.lr, warmup=settings.warmup)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group["lr"] = rate
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        loss, scalars = objective.loss(step)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], settings.grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {"loss": loss.detach(), **scalars, "grad_norm": norm, "lr": rate}
-
-
-def _check_finite(scalars: Mapping[str, Any], step: int) -> None:
-    for key in ("loss", "grad_norm"):
-        if not math.isfinite(float(scalars[key])):
-            raise MiniCogViewError(
-                f"{key} became {float(scalars[key])} at step {step}: lower lr, lengthen warmup, or use fp32; "
-                "the last checkpoint is still good"
-            )
-
-
-def _validate(
-    objective: Objective, validate: Callable[[], Mapping[str, float]], ema: EMA, precision: Precision
-) -> dict[str, float]:
-    """The objective's own measure, with averaged weights; training goes on as if it had not been taken."""
-    device = ema.params[0].device
-    cuda = [device] if device.type == "cuda" else []
-    objective.model.eval()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.random.fork_rng(cuda), torch.no_grad(), ema.in_model(), autocast:
-        values = validate()
-    objective.model.train()
-    return {key: float(value) for key, value in values.items()}
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """``"auto"`` is the GPU where there is one, otherwise the CPU; anything else is taken by its name."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise MiniCogViewError(f"device {device!r} cannot be used ({reason}): choose auto or cpu") from None
-    return torch.device(device)
+# --- the loop
 
 
 def fit(
-    objective: Objective,
-    out_dir: str | os.PathLike[str],
-    *,
-    steps: int,
-    lr: float,
-    warmup: int = 100,
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.95),
-    grad_clip: float = 1.0,
-    ema_decay: float = 0.999,
-    precision: Precision = "fp32",
-    optimizer: OptimizerName = "adamw",
-    compile: bool = False,
-    save_every_s: float = 120.0,
-    save_every: int | None = None,
-    validate_every: int | None = None,
-    log_every: int = 20,
-    resume: bool = True,
-    device: str = "auto",
-    max_seconds: float | None = None,
-    progress: bool = True,
+    objective: Objective, folder: str | os.PathLike[str], settings: Settings, options: RunOptions = DEFAULTS
 ) -> dict[str, Any]:
-    """Train ``objective.model`` for ``steps`` updates, or until ``max_seconds``, whichever comes first.
+    """Train ``objective.model`` for ``settings.steps`` updates, or until ``options.max_seconds`` have passed.
 
-    ``out_dir`` receives ``checkpoint.pt``, ``log.jsonl`` and TensorBoard's events. Calling again with the
-    same arguments goes on where the checkpoint stands. **On return the model has the averaged weights**, in
-    eval mode; the checkpoint keeps both.
-
-    Args:
-        objective: what to learn (see ``Objective``).
-        out_dir: folder, made if missing.
-        steps: updates of the whole run; the schedule reaches zero there.
-        lr, warmup: highest learning rate, and the updates it takes to get there.
-        weight_decay, betas: of AdamW. Biases, norms and embeddings do not decay.
-        optimizer: "adamw", or "muon" for the matrices inside of the model, see ``make_optimizers``.
-        grad_clip: largest allowed norm of the gradient.
-        ema_decay: of the averaged weights; update ``s`` uses ``min(ema_decay, (1 + s) / (10 + s))``.
-        precision: "bf16" runs forward passes under autocast; weights and their updates stay float32.
-        compile: compile the model's forward pass.
-        save_every_s, save_every: seconds and (if given) updates between checkpoints.
-        validate_every: updates between calls of ``objective.validate``; also called after the last update.
-        log_every: updates between lines of the log.
-        resume: go on from ``out_dir``'s checkpoint if there is one; otherwise it is overwritten.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
-        max_seconds: stop (and save) after this time.
-        progress: show a progress bar.
+    ``folder``, which is made if missing, receives ``checkpoint.pt``, ``log.jsonl`` and TensorBoard's events. The
+    same call resumes an interrupted run. **On return the model has the averaged weights** and is in eval mode;
+    the checkpoint keeps both these and the latest ones.
 
     Returns:
         Plain values: ``step`` (updates done), ``steps``, ``finished``, ``start`` (where this call began),
@@ -191,71 +82,184 @@ def fit(
         ``checkpoint`` (path).
 
     Raises:
-        MiniCogViewError: for an unusable folder or device, a damaged or foreign checkpoint, or a loss that is
-            not finite.
+        MiniCogViewError: for an unusable folder or device, a damaged or foreign checkpoint, an objective that
+            cannot be compiled, or a loss that is not finite.
     """
-    began = time.monotonic()
-    settings = Settings(
-        steps, lr, warmup, weight_decay, (betas[0], betas[1]), grad_clip, ema_decay, precision, optimizer
-    )
-    folder, place = Path(out_dir), pick_device(device)
+    run = Run(objective, Path(folder), settings, options)
+    with contextlib.closing(run):
+        for step in range(run.start, settings.steps):
+            run.update(step)
+            run.after_step(step)
+            run.average(step)
+            stop = run.is_over()
+            run.log(stop)
+            run.validate()
+            run.save(stop)
+            if stop:
+                break
+    return run.summary()
+
+
+class Run:
+    """One call of ``fit``: what its steps share, and the parts of a step in the order in which the loop calls them."""
+
+    def __init__(self, objective: Objective, folder: Path, settings: Settings, options: RunOptions):
+        self.began = self.saved = time.monotonic()
+        self.objective, self.options, self.device = objective, options, pick_device(options.device)
+        make_folder(folder)
+        model = objective.model.to(self.device).train()
+        self.optimizers, self.ema = make_optimizers(model, settings), EMA(model, settings.ema_decay)
+        self.checkpoint = Checkpoint(folder / "checkpoint.pt", objective, self.optimizers, self.ema, settings)
+        self.start = self.done = self.resume()
+        self.settings = self.checkpoint.settings  # with a precision that is no longer "auto"
+        if options.compile:
+            compile_in_place(objective)
+        self.scalars: dict[str, Any] = {}  # of the latest update
+        self.train: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
+        self.lines = Log(folder, self.start)
+        self.bar = tqdm(
+            total=settings.steps, initial=self.start, unit="step", disable=not options.progress, dynamic_ncols=True
+        )
+
+    def resume(self) -> int:
+        """Load the checkpoint if there is one and it is wanted; returns the number of updates done."""
+        checkpoint = self.checkpoint
+        if self.options.resume and checkpoint.path.exists():
+            return checkpoint.load()
+        precision = training_precision(checkpoint.settings.precision, self.device)
+        checkpoint.settings = dataclasses.replace(checkpoint.settings, precision=precision)
+        return 0
+
+    def update(self, step: int) -> None:
+        """One update of the weights."""
+        settings = self.settings
+        rate = learning_rate(step, steps=settings.steps, lr=settings.lr, warmup=settings.warmup)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = rate
+        with self.autocast():
+            loss, scalars = self.objective.loss(step)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], settings.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.scalars = {"loss": loss.detach(), **scalars, "grad_norm": norm, "lr": rate}
+        self.done = step + 1
+
+    def after_step(self, step: int) -> None:
+        """Whatever else the objective does after an update, such as moving a codebook."""
+        if hasattr(self.objective, "after_step"):
+            self.objective.after_step(step)
+
+    def average(self, step: int) -> None:
+        """Move the averaged weights towards the new ones."""
+        self.ema.update(step)
+
+    def is_over(self) -> bool:
+        """Whether this was the last update, of the whole run or of the time that this call may take."""
+        limit = self.options.max_seconds
+        return self.done == self.settings.steps or (limit is not None and time.monotonic() - self.began > limit)
+
+    def log(self, stop: bool) -> None:
+        """Collect the scalars of this update; now and then write their means."""
+        self.lines.add(self.scalars)
+        self.bar.update()
+        if stop or self.due(self.options.log_every):
+            self.check_finite()
+            self.train = self.lines.write_means(self.done)
+            shown = {k: f"{v:.4g}" for k, v in self.train.items() if k == "loss" or k.endswith("_per_s")}
+            self.bar.set_postfix(shown)
+
+    def validate(self) -> None:
+        """Now and then call the objective's ``validate``, with averaged weights and without a trace in training."""
+        every = self.options.validate_every
+        if not every or not hasattr(self.objective, "validate"):
+            return
+        if self.done == self.settings.steps or self.due(every):
+            cuda = [self.device] if self.device.type == "cuda" else []
+            self.objective.model.eval()
+            with torch.random.fork_rng(cuda), torch.no_grad(), self.ema.in_model(), self.autocast(), self.eager():
+                self.validation = {key: float(value) for key, value in self.objective.validate().items()}
+            self.objective.model.train()
+            self.lines.write(self.done, self.validation, "validation")
+
+    def save(self, stop: bool) -> None:
+        """Now and then write a checkpoint, and always before stopping."""
+        too_old = time.monotonic() - self.saved > self.options.save_every_s
+        if stop or too_old or self.due(self.options.save_every):
+            self.check_finite()
+            self.checkpoint.save(self.done)
+            self.saved = time.monotonic()
+
+    def close(self) -> None:
+        """Close the log and the progress bar."""
+        self.bar.close()
+        self.lines.close()
+
+    def summary(self) -> dict[str, Any]:
+        """Leave the averaged weights in the model, and say what was done."""
+        self.ema.copy_to_model()
+        self.objective.model.eval()
+        return {
+            "step": self.done,
+            "steps": self.settings.steps,
+            "finished": self.done == self.settings.steps,
+            "start": self.start,
+            "seconds": time.monotonic() - self.began,
+            "train": self.train,
+            "validation": self.validation,
+            "checkpoint": str(self.checkpoint.path),
+        }
+
+    # What several of the parts need.
+
+    def due(self, every: int | None) -> bool:
+        """Whether something that happens once in ``every`` updates happens after this one."""
+        return every is not None and every > 0 and self.done % every == 0
+
+    def autocast(self) -> torch.autocast:
+        """A context in which forward passes have the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def eager(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which nothing is compiled: validation has other shapes, and each would be compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.options.compile else contextlib.nullcontext()
+
+    def check_finite(self) -> None:
+        """Raise MiniCogViewError if the latest update was broken, before it reaches the log or a checkpoint."""
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(value := float(self.scalars[key])):
+                raise MiniCogViewError(
+                    f"{key} became {value} at step {self.done - 1}: lower lr, lengthen warmup, or use fp32; "
+                    "the last checkpoint is still good"
+                )
+
+
+# --- before the first step
+
+
+def compile_in_place(objective: Objective) -> None:
+    """Compile the model, which ``loss`` calls; its parameters keep their names, and the objective its reference.
+
+    Raises:
+        MiniCogViewError: if this would compile nothing, because ``loss`` calls parts of the model and not the model.
+    """
+    model, reason = objective.model, ""
+    if getattr(objective, "calls_parts", False) or type(model).forward is nn.Module.forward:
+        reason = "its loss calls parts of the model"
+    elif type(model).__module__.startswith("torch."):
+        reason = f"torch does not compile its own {type(model).__name__}, only a class around it"
+    if reason:
+        raise MiniCogViewError(f"{type(objective).__name__} cannot be compiled ({reason}): train it without compile")
+    model.compile()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder unless it is there; raises MiniCogViewError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MiniCogViewError(f"cannot make folder {folder}: {error.strerror}; choose another") from None
-    model = objective.model.to(place).train()
-    optimizers = make_optimizers(model, settings)
-    ema = EMA(model, ema_decay)
-    checkpoint = Checkpoint(folder / "checkpoint.pt", objective, optimizers, ema, settings)
-    start = checkpoint.load() if resume and checkpoint.path.exists() else 0
-    if compile:
-        model.compile()  # in place: names of parameters and the objective's reference stay as they are
-
-    validate = getattr(objective, "validate", None) if validate_every else None
-    after_step = getattr(objective, "after_step", None)
-    train: dict[str, float] = {}
-    validation: dict[str, float] = {}
-    done, saved = start, time.monotonic()
-    with (
-        contextlib.closing(Log(folder, start)) as log,
-        tqdm(total=steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True) as bar,
-    ):
-        for step in range(start, steps):
-            scalars = _update(objective, optimizers, settings, place, step)
-            if after_step:
-                after_step(step)
-            ema.update(step)
-            done = step + 1
-            log.add(scalars)
-            bar.update()
-
-            stop = done == steps or (max_seconds is not None and time.monotonic() - began > max_seconds)
-            if stop or done % log_every == 0:
-                _check_finite(scalars, step)
-                train = log.means()
-                log.write(done, train, "train")
-                bar.set_postfix(
-                    {k: f"{v:.4g}" for k, v in train.items() if k == "loss" or k.endswith("_per_s")}
-                )
-                log.restart()
-            if validate and validate_every and (done == steps or done % validate_every == 0):
-                validation = _validate(objective, validate, ema, precision)
-                log.write(done, validation, "validation")
-            if stop or time.monotonic() - saved > save_every_s or (save_every and done % save_every == 0):
-                _check_finite(scalars, step)
-                checkpoint.save(done)
-                saved = time.monotonic()
-            if stop:
-                break
-    ema.copy_to_model()
-    model.eval()
-    return {
-        "step": done,
-        "steps": steps,
-        "finished": done == steps,
-        "start": start,
-        "seconds": time.monotonic() - began,
-        "train": train,
-        "validation": validation,
-        "checkpoint": str(checkpoint.path),
-    }

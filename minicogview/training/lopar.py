@@ -1,11 +1,10 @@
-"""What iterative super-resolution learns: to guess masked fine tokens from those around them and from the text.
+"""What the iterative stage learns: to predict masked fine tokens from the tokens around them and from the text.
 
-The idea: masks of all the kinds that it will meet. Half of them are rounds of the schedule, moved to a random place;
-the others are cells drawn at random, few or many. The cells in view are, three times of four, not the true ones but
-what the direct stage made of the picture ("drafts"): a model that has only seen true neighbours takes a draft's
-mistakes for facts. A model that is told what stood in a masked cell gets the draft's code there, or that of the
-enlarged coarse picture, never the true one. The original's authors never published this part. CogView2 (arXiv
-2204.14217), section 3.3.
+The idea: train with every kind of mask that the model will meet. Half of the masks are rounds of the schedule, shifted
+at random; the others are random cells, few or many. Three times out of four the cells in view hold the direct stage's
+codes instead of the true ones: a model that has only seen true neighbours trusts the direct stage's mistakes. A model
+that is told what stood in a masked cell gets the direct stage's code there, or that of the enlarged coarse picture,
+never the true one. The original's authors never published this part. CogView2 (arXiv 2204.14217), section 3.3.
 
 Shapes: ``N`` pictures, ``F`` fine tokens of a picture, ``B`` batch, ``K`` codebook size.
 """
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
+from minicogview.super_resolution import text_slots
 from minicogview.training.coglm import neighbours
 from minicogview.training.super_resolution import (
     Pairs,
@@ -30,7 +30,7 @@ from minicogview.training.super_resolution import (
 
 
 def draw_mask(grid: tuple[int, int], schedule: Schedule, rng: np.random.Generator) -> Tensor:
-    """Cells to guess (rows, columns) bool: a round of the schedule at a random place, or random cells; never none."""
+    """Cells to predict, (rows, columns) bool: a randomly shifted round of the schedule, or at least one random cell."""
     if rng.random() < 0.5:
         mask = schedule.masked(int(rng.integers(schedule.n_rounds)) + 1, grid)
         return mask.roll(tuple(rng.integers(len(schedule.tile), size=2).tolist()), (0, 1))
@@ -40,15 +40,15 @@ def draw_mask(grid: tuple[int, int], schedule: Schedule, rng: np.random.Generato
 
 
 class IterativeObjective:
-    """Trains ``IterativeSR``, all of it. See ``training.fit``.
+    """Trains all of ``IterativeSR``. See ``training.fit``.
 
     Args:
-        drafts: (N, F) codes that the direct stage gives for each picture; None trains on true codes alone, or where
-            ``pairs.start`` is given on those.
-        validate: whatever the model is to be judged by.
+        direct_codes: (N, F) the direct stage's codes for each picture. None: ``pairs.start`` takes their place, or
+            the true codes if that is None too.
+        validate: an optional function that evaluates the model.
     """
 
-    DRAFTS = 0.75  # share of samples that show a draft in the cells in view
+    DIRECT_SHARE = 0.75  # of the samples; their cells in view hold the codes of ``before`` instead of the true ones
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class IterativeObjective:
         pairs: Pairs,
         codebook: Tensor,
         recipe: SuperResolutionRecipe,
-        drafts: Tensor | None = None,
+        direct_codes: Tensor | None = None,
         schedule: Schedule = OFFICIAL,
         validate: Callable[[IterativeSR], dict[str, float]] | None = None,
     ):
         self.model, self.pairs, self.recipe = model, pairs, recipe
-        self.drafts, self.schedule = drafts, schedule
+        self.direct_codes, self.schedule = direct_codes, schedule
         self.near = neighbours(codebook, recipe.n_neighbours)
         self.targets = soft_targets(codebook, recipe.softness)
         self._validate = validate
@@ -75,22 +75,23 @@ class IterativeObjective:
         shown = replace_codes(labels, self.near, recipe.max_noise, rng)
         before = self.before(rows, rng)
         if before is not None:
-            drafted = torch.from_numpy(rng.random((len(rows), 1)) < self.DRAFTS)
-            shown = torch.where(drafted, before, shown)
+            by_direct = torch.from_numpy(rng.random((len(rows), 1)) < self.DIRECT_SHARE)
+            shown = torch.where(by_direct, before, shown)
         masks = torch.stack([draw_mask(config.fine_grid, self.schedule, rng).flatten() for _ in rows])  # (B, F)
-        _, hidden = self.model(texts, shown.masked_fill(masks, config.coglm.ids.boi), before)
+        slots = text_slots(texts, config.n_text)
+        _, hidden = self.model(slots, shown.masked_fill(masks, config.coglm.ids.boi), before)
         logits = self.model.base.logits(hidden[masks.to(hidden.device)], len(self.targets))
         return fine_loss(logits, labels[masks], self.targets)
 
     def before(self, rows: Tensor, rng: np.random.Generator) -> Tensor | None:
-        """Pictures as they may come in: (B, F) codes of the direct stage or of the enlarged coarse picture."""
-        drafts, start = self.drafts, self.pairs.start
-        if drafts is None or start is None:
-            only = start if drafts is None else drafts
+        """Codes (B, F) before masking, the direct stage's or the enlarged coarse picture's; None if there are none."""
+        direct_codes, start = self.direct_codes, self.pairs.start
+        if direct_codes is None or start is None:
+            only = start if direct_codes is None else direct_codes
             return None if only is None else only[rows]
-        direct = torch.from_numpy(rng.random((len(rows), 1)) < 0.7)
-        return torch.where(direct, drafts[rows], start[rows])
+        by_direct = torch.from_numpy(rng.random((len(rows), 1)) < 0.7)
+        return torch.where(by_direct, direct_codes[rows], start[rows])
 
     def validate(self) -> dict[str, float]:
-        """Whatever was handed in to judge the model by; nothing by default."""
+        """The values of the function that was given as ``validate``; none without it."""
         return self._validate(self.model) if self._validate else {}

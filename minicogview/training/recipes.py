@@ -1,6 +1,6 @@
-"""The commands that made the shipped toy: which data, which model, which settings, put together.
+"""The recipes of the shipped toy: each puts data, a model, an objective and settings together and trains.
 
-``minicogview train coglm --preset toy`` ends here. Everything below is ordinary use of the package:
+``minicogview train coglm --preset toy`` calls ``train_coglm``. Everything below is ordinary use of the package:
 read it as the shortest example of how to train on pictures of your own.
 """
 
@@ -19,14 +19,15 @@ from minicogview.config import Preset
 from minicogview.data import captions
 from minicogview.data.codes import emoji_pictures, encode_all, encode_pairs
 from minicogview.data.emoji import indices, load_emoji
-from minicogview.evaluation.judge import Judge, sharpness, upsample_all
+from minicogview.evaluation.judge import Judge, sharpness
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.super_resolution import DirectSR, enlarged_codes
 from minicogview.tokenizer import Tokenizer
-from minicogview.training.coglm import LANGUAGES, CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
-from minicogview.training.loop import fit
+from minicogview.training.coglm import CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
+from minicogview.training.loop import DEFAULTS, RunOptions, fit
 from minicogview.training.lopar import IterativeObjective
+from minicogview.training.resume import Settings
 from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe
 from minicogview.upsampling import Upsampler
 from minicogview.vqvae import VQVAE
@@ -42,7 +43,7 @@ def load_tokenizer(preset: Preset, weights: Path) -> tuple[VQVAE, Tokenizer, Ten
 
 
 def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
-    """The training split of the emoji as coarse codes, with captions that change from one look to the next."""
+    """The training split of the emoji as coarse codes; a picture's caption is another one each time."""
     emoji = load_emoji("train")
     pictures = emoji_pictures(preset.coarse_pixels)[torch.from_numpy(indices(emoji))]
 
@@ -56,9 +57,9 @@ def emoji_data(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> CogLMData:
 
 
 def emoji_pairs(preset: Preset, vqvae: VQVAE, tokenizer: Tokenizer) -> Pairs:
-    """The training split at both resolutions, without the characters that super-resolution is judged on."""
-    judged = {emoji.key for emoji in load_emoji("tokenizer_heldout")}
-    emoji = [one for one in load_emoji("train") if one.key not in judged]
+    """The training split at both resolutions, without the characters that super-resolution is evaluated on."""
+    heldout = {emoji.key for emoji in load_emoji("tokenizer_heldout")}
+    emoji = [one for one in load_emoji("train") if one.key not in heldout]
     coarse, fine = encode_pairs(vqvae, preset, torch.from_numpy(indices(emoji)))
 
     def describe(i: int, language: str, rng: random.Random) -> str:
@@ -74,17 +75,17 @@ def train_coglm(
     preset: Preset,
     weights: Path,
     out: Path,
-    *,
+    settings: Settings,
+    options: RunOptions = DEFAULTS,
     recipe: CogLMRecipe | None = None,
-    judge_every: int | None = None,
-    **settings: Any,
 ) -> dict[str, Any]:
     """Train CogLM on the emoji and write ``out/coglm.safetensors``.
 
     Args:
         preset: sizes. weights: folder with ``vqvae.safetensors`` and ``text.model``.
-        out: folder for checkpoints, logs and the result. judge_every: steps between free-running judgements.
-        settings: of ``training.fit``, such as ``steps`` and ``lr``.
+        out: folder for checkpoints, logs and the result.
+        settings, options: of ``training.fit``; validation draws 100 names of each split in both languages.
+        recipe: how samples are made; None: with the defaults.
 
     Returns:
         the summary of ``fit``.
@@ -95,30 +96,33 @@ def train_coglm(
     model = CogLM(preset.coglm)
     embed_codebook(model, codebook, torch.Generator().manual_seed(recipe.seed))
     judge = Judge(CogView2(model, tokenizer, preset.sampling), progress=False)
-
-    def validate(model: CogLM) -> dict[str, float]:
-        with torch.autocast("cpu", enabled=False):
-            results = {
-                f"{split}_{lang}": judge.retrieval(split, lang, limit=100)
-                for split in ("names", "train", "heldout")
-                for lang in ("en", "zh")
-            }
-            results |= {f"captioning_{lang}": judge.captioning(lang, n_pictures=100) for lang in ("en", "zh")}
-        return {
-            f"{name}/{key}": result[key]
-            for name, result in results.items()
-            for key in ("top1", "same_tone")
-            if key in result
-        }
-
-    objective = CogLMObjective(model, emoji_data(preset, vqvae, tokenizer), codebook, recipe, validate)
-    summary = fit(objective, out, validate_every=judge_every, **settings)
+    objective = CogLMObjective(
+        model, emoji_data(preset, vqvae, tokenizer), codebook, recipe, validate=lambda _: evaluate_drawing(judge)
+    )
+    summary = fit(objective, out, settings, options)
     save_model(out / "coglm.safetensors", model, preset.coglm, "coglm")
     return summary
 
 
-def judge_sharpness(upsampler: Upsampler, tokenizer: Tokenizer) -> dict[str, float]:
-    """PSNR and SSIM on 60 training pictures and 60 of characters that super-resolution never saw."""
+def evaluate_drawing(judge: Judge) -> dict[str, float]:
+    """Shares of right pictures and right skin tones in free-running drawing, and of right captions, by language."""
+    with torch.autocast("cpu", enabled=False):
+        results = {
+            f"{split}_{lang}": judge.retrieval(split, lang, limit=100)
+            for split in ("names", "train", "heldout")
+            for lang in ("en", "zh")
+        }
+        results |= {f"captioning_{lang}": judge.captioning(lang, n_pictures=100) for lang in ("en", "zh")}
+    return {
+        f"{name}/{key}": result[key]
+        for name, result in results.items()
+        for key in ("top1", "same_tone")
+        if key in result
+    }
+
+
+def evaluate_sharpness(upsampler: Upsampler, tokenizer: Tokenizer) -> dict[str, float]:
+    """PSNR and SSIM on 60 training pictures and on 60 of characters that super-resolution never sees."""
     numbers = {}
     with torch.autocast("cpu", enabled=False):
         for split in ("train", "tokenizer_heldout"):
@@ -131,16 +135,15 @@ def train_direct(
     preset: Preset,
     weights: Path,
     out: Path,
-    *,
+    settings: Settings,
+    options: RunOptions = DEFAULTS,
     recipe: SuperResolutionRecipe | None = None,
-    judge_every: int | None = None,
-    **settings: Any,
 ) -> dict[str, Any]:
-    """Train direct super-resolution on top of a finished CogLM and write ``out/direct.safetensors``.
+    """Train the direct stage on top of a finished CogLM and write ``out/direct.safetensors``.
 
     Args:
         weights: folder with ``coglm.safetensors``, ``vqvae.safetensors`` and ``text.model``.
-        judge_every: steps between calls of ``judge_sharpness``. The rest as for ``train_coglm``.
+        options: validation is ``evaluate_sharpness``. The other arguments are those of ``train_coglm``.
     """
     recipe = recipe or SuperResolutionRecipe()
     torch.manual_seed(recipe.seed)
@@ -152,36 +155,35 @@ def train_direct(
         emoji_pairs(preset, vqvae, tokenizer),
         codebook,
         recipe,
-        validate=lambda _: judge_sharpness(upsampler, tokenizer),
+        validate=lambda _: evaluate_sharpness(upsampler, tokenizer),
     )
-    summary = fit(objective, out / "direct", validate_every=judge_every, **settings)
+    summary = fit(objective, out / "direct", settings, options)
     save_direct(out / "direct.safetensors", model)
     return summary
 
 
 def make_direct_codes(upsampler: Upsampler, pairs: Pairs) -> Tensor:
-    """What the direct stage makes of every training picture: (N, F) codes, for the iterative one to learn from."""
+    """The direct stage's codes for every training picture: (N, F), from which the iterative stage learns."""
     rngs = [random.Random(row) for row in range(len(pairs.coarse))]
-    said = [pairs.describe(row, rng.choice(LANGUAGES), rng) for row, rng in enumerate(rngs)]
-    texts = [pairs.tokenizer.encode(words) for words in said]
-    return upsample_all(upsampler, texts, pairs.coarse, seed=0, stages=2)[0]
+    said = [pairs.describe(row, rng.choice(captions.LANGUAGES), rng) for row, rng in enumerate(rngs)]
+    texts = [pairs.tokenizer.encode(caption) for caption in said]
+    return upsampler.run(texts, pairs.coarse, seeds=range(len(texts)), stages=2)[0]
 
 
 def train_iterative(
     preset: Preset,
     weights: Path,
     out: Path,
-    *,
+    settings: Settings,
+    options: RunOptions = DEFAULTS,
     recipe: SuperResolutionRecipe | None = None,
-    judge_every: int | None = None,
-    **settings: Any,
 ) -> dict[str, Any]:
-    """Train iterative super-resolution and write ``out/iterative.safetensors``.
+    """Train the iterative stage and write ``out/iterative.safetensors``.
 
     It starts from CogLM's weights, with the attention and the positions of the finished direct stage.
 
     Args:
-        weights: as for ``train_direct``, and ``direct.safetensors``: the model learns from that one's results.
+        weights: as for ``train_direct``, and ``direct.safetensors``, whose codes the iterative stage learns from.
     """
     recipe = recipe or SuperResolutionRecipe()
     torch.manual_seed(recipe.seed)
@@ -196,8 +198,8 @@ def train_iterative(
         codebook,
         recipe,
         make_direct_codes(upsampler, pairs),
-        validate=lambda _: judge_sharpness(upsampler, tokenizer),
+        validate=lambda _: evaluate_sharpness(upsampler, tokenizer),
     )
-    summary = fit(objective, out / "iterative", validate_every=judge_every, **settings)
+    summary = fit(objective, out / "iterative", settings, options)
     save_model(out / "iterative.safetensors", model, preset.iterative, "iterative")
     return summary

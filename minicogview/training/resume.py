@@ -1,9 +1,9 @@
 """What a training run must remember: its settings, its averaged weights, and all of it in one atomic file.
 
-A run that was killed at any moment goes on from its last checkpoint and ends with the very same weights,
+A run that was killed at any moment resumes from its last checkpoint and ends with the very same weights,
 bit for bit on a CPU, as one that was never interrupted. Batches follow from the step number, so the file
-needs no place in the data: model, averaged weights, optimizer, step, torch's random state, and whatever the
-objective adds. It holds tensors and plain containers only, and is read without unpickling anything else.
+needs no position in the data: model, averaged weights, optimizers, step, torch's random state, and the
+objective's own state. It holds tensors and plain containers only, and is read without unpickling anything else.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 OptimizerName = Literal["adamw", "muon"]
+START_OVER = "start over with resume=False, or choose another folder"
 
 
 class Objective(Protocol):
-    """What ``fit`` trains. Besides the two members below, an objective may have any of these methods:
+    """What ``fit`` trains. Besides the two members below, an objective may have any of these:
 
     * ``after_step(step)``: called after each update of the weights (dead-code revival, for example);
     * ``validate() -> dict[str, float]``: called without gradients, in eval mode, with the averaged weights;
-    * ``state_dict()`` and ``load_state_dict(state)``: further state of tensors and plain containers.
+    * ``state_dict()`` and ``load_state_dict(state)``: further state, in tensors and plain containers;
+    * ``calls_parts = True``: says that ``loss`` calls parts of the model instead of the model itself, so that
+      there is no forward pass to compile.
     """
 
     @property
@@ -42,41 +45,50 @@ class Objective(Protocol):
     def loss(self, step: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """Scalar loss of batch number ``step``, which must depend on nothing but the seed and ``step``.
 
-        The mapping holds further scalars for the log (0-d tensors are read only when logged, which
-        spares a GPU the wait). Two keys are counts of this batch and become rates: "tokens", "samples".
+        The mapping holds further scalars for the log (0-d tensors are read only when logged, so that a GPU
+        need not wait). Two keys are counts of this batch and become rates: "tokens" and "samples".
         """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide the resulting weights; a checkpoint goes on only under the same ones."""
+    """The settings that decide the resulting weights; a checkpoint is resumed only under the same ones.
+
+    Attributes:
+        steps: updates of the whole run; the learning rate reaches zero there.
+        lr, warmup: highest learning rate, and the number of updates it takes to get there.
+        weight_decay, betas: of AdamW. Biases, norms and embeddings do not decay.
+        grad_clip: largest allowed norm of the gradient.
+        ema_decay: of the averaged weights; update ``s`` uses ``min(ema_decay, (1 + s) / (10 + s))``.
+        precision: "bf16" runs forward passes under autocast; weights and their updates stay float32. "auto" is
+            bf16 where the device is faster with it, otherwise fp32; a resumed run keeps the one it began with.
+        optimizer: "adamw", or "muon" for the matrices inside the model, see ``optimizers.py``.
+    """
 
     steps: int
     lr: float
-    warmup: int
-    weight_decay: float
-    betas: tuple[float, float]
-    grad_clip: float
-    ema_decay: float
-    precision: Precision
+    warmup: int = 100
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: Precision = "auto"
     optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.warmup < 0:
-            raise MiniCogViewError(
-                f"steps={self.steps}, warmup={self.warmup}: need steps >= 1 and warmup >= 0"
-            )
-        if self.precision not in ("fp32", "bf16"):
-            raise MiniCogViewError(f"unknown precision {self.precision!r}: choose fp32 or bf16")
-        if self.optimizer not in ("adamw", "muon"):
-            raise MiniCogViewError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
+            raise MiniCogViewError(f"steps={self.steps}, warmup={self.warmup}: need steps >= 1 and warmup >= 0")
+        for name, known in (("precision", Precision), ("optimizer", OptimizerName)):
+            chosen = getattr(self, name)
+            if chosen not in get_args(known):
+                raise MiniCogViewError(f"unknown {name} {chosen!r}: choose one of {', '.join(get_args(known))}")
 
 
 class EMA:
     """Exponential moving average of a model's trainable parameters.
 
-    ``torch.optim.swa_utils.AveragedModel`` would copy frozen weights too, and cannot lend its weights to the
-    model that the objective holds.
+    ``torch.optim.swa_utils.AveragedModel`` would copy frozen weights too, and it cannot put its weights into
+    the objective's own model for the time of a validation.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -86,7 +98,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the current weights; early steps forget faster, so that the start does not linger."""
+        """Move towards the current weights; early steps use a smaller decay, so that the start is soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.shadow, self.params, 1.0 - decay)
 
@@ -97,7 +109,7 @@ class EMA:
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
-        """Within this context the model has the averaged weights; afterwards its own again."""
+        """Within this context the model has the averaged weights; afterwards it has its own again."""
         own = [p.clone() for p in self.params]
         self.copy_to_model()
         try:
@@ -112,13 +124,16 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averaged weights; raises KeyError or RuntimeError where names or shapes differ."""
+        """Load averaged weights; raises KeyError or RuntimeError where names or shapes differ."""
         for name, tensor in zip(self.names, self.shadow):
             tensor.copy_(state[name])
 
 
 class Checkpoint:
-    """All that a run needs to go on, in one file that is either the old or the new one, never half of it."""
+    """Everything that a run needs to be resumed, in one file that is either the old or the new one, never half of it.
+
+    ``settings.precision`` must no longer be "auto" when the first file is written; ``load`` replaces an "auto".
+    """
 
     def __init__(
         self,
@@ -128,13 +143,8 @@ class Checkpoint:
         ema: EMA,
         settings: Settings,
     ):
-        self.path, self.objective, self.optimizers, self.ema, self.settings = (
-            path,
-            objective,
-            optimizers,
-            ema,
-            settings,
-        )
+        self.path, self.objective, self.optimizers = path, objective, optimizers
+        self.ema, self.settings = ema, settings
 
     def save(self, step: int) -> None:
         """Write the state after ``step`` updates: a temporary file first, then one atomic rename."""
@@ -164,25 +174,9 @@ class Checkpoint:
         """Restore everything; returns the number of updates done.
 
         Raises:
-            MiniCogViewError: if the file is damaged, or of another model or other settings.
+            MiniCogViewError: if the file is damaged, or belongs to another model or to other settings.
         """
-        advice = "start over with resume=False, or choose another folder"
-        try:
-            with zipfile.ZipFile(self.path) as archive:  # torch itself does not verify the checksums
-                if (bad := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise MiniCogViewError(
-                f"checkpoint {self.path} is damaged ({_one_line(error)}): {advice}"
-            ) from None
+        state = self._read()
         try:
             self._check_settings(state["settings"])
             self.objective.model.load_state_dict(state["model"])
@@ -198,10 +192,25 @@ class Checkpoint:
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise MiniCogViewError(
-                f"checkpoint {self.path} does not fit ({_one_line(error)}): {advice}"
+                f"checkpoint {self.path} does not fit ({_one_line(error)}): {START_OVER}"
+            ) from None
+
+    def _read(self) -> dict[str, Any]:
+        """The file's content, on the CPU; raises MiniCogViewError if the file is damaged."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:  # torch itself does not verify the checksums
+                if (bad := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise MiniCogViewError(
+                f"checkpoint {self.path} is damaged ({_one_line(error)}): {START_OVER}"
             ) from None
 
     def _check_settings(self, stored: Mapping[str, Any]) -> None:
+        """Raise ValueError unless the run began with these settings; "auto" becomes the stored precision."""
+        if self.settings.precision == "auto":  # another machine may be faster with another precision
+            self.settings = dataclasses.replace(self.settings, precision=stored["precision"])
         now = dataclasses.asdict(self.settings)
         differ = [f"{key} was {stored.get(key)}, is {now[key]}" for key in now if stored.get(key) != now[key]]
         if differ:

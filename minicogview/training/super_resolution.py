@@ -1,9 +1,10 @@
-"""What direct super-resolution learns from: the same pictures as coarse and as fine codes, and their captions.
+"""What the direct stage learns from: the same pictures as coarse and as fine codes, and their captions.
 
 The idea: the model sees a caption and the coarse codes and predicts every fine code at once. The original's authors
-never published this part. Ours adds what helped a small model: now and then no caption, some coarse codes replaced
-(at work they come from CogLM and are not perfect), and soft targets over all codes, by how near each is to the true
-one: many fine cells have several right answers that look the same. CogView2 (arXiv 2204.14217), section 3.3.
+never published this part. Ours adds what helped a small model: a caption is left out now and then; some coarse codes
+are replaced, because at inference they come from CogLM and are not perfect; and the target is a distribution over all
+codes that favours those near the true one, because several codes may look the same in a cell. CogView2 (arXiv
+2204.14217), section 3.3.
 
 Shapes: ``N`` pictures, ``n`` coarse and ``F`` fine tokens of a picture, ``B`` batch, ``K`` codebook size.
 """
@@ -19,20 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minicogview.super_resolution import DirectSR
+from minicogview.data.captions import LANGUAGES
+from minicogview.super_resolution import DirectSR, text_slots
 from minicogview.tokenizer import Tokenizer
-from minicogview.training.coglm import LANGUAGES, neighbours
+from minicogview.training.coglm import neighbours
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures at two resolutions. ``describe(i, language, rng)`` gives a caption of picture ``i``."""
+    """Pictures at two resolutions. ``describe(i, language, rng)`` returns a caption of picture ``i``."""
 
     coarse: Tensor  # (N, n) int64
     fine: Tensor  # (N, F) int64
     describe: Callable[[int, str, random.Random], str]
     tokenizer: Tokenizer
-    start: Tensor | None = None  # (N, F) codes of the enlarged coarse pictures, for models that start from them
+    start: Tensor | None = None  # (N, F) codes of the enlarged coarse pictures, for models that start from these
 
     def draw(self, size: int, no_caption: float, seed: int, step: int) -> tuple[Tensor, list[list[int]]]:
         """Rows (B,) and caption ids of a batch that depends on (seed, step) alone; some captions are empty."""
@@ -47,8 +49,8 @@ class SuperResolutionRecipe:
     """How samples are made. Shares and rates are between 0 and 1."""
 
     batch_size: int = 8
-    no_caption: float = 0.1
-    max_noise: float = 0.1  # each sample's share of replaced input codes is uniform up to this
+    no_caption: float = 0.1  # share of samples without a caption
+    max_noise: float = 0.1  # the share of replaced input codes is uniform between 0 and this
     softness: float = 1.5  # of the targets, see ``soft_targets``; 0: the true code alone
     n_neighbours: int = 8
     seed: int = 0
@@ -63,9 +65,10 @@ def replace_codes(codes: Tensor, near: Tensor, max_noise: float, rng: np.random.
 
 
 def soft_targets(codebook: Tensor, softness: float) -> Tensor:
-    """(K, K) target distributions: the nearer a code (K, C) is to the true one, the larger its share.
+    """(K, K) target distributions: the nearer a code (K, C) is to the true one, the larger its probability.
 
-    Shares fall with the squared distance as exp(-distance / (softness * mean squared distance of nearest codes)).
+    It falls as exp(-d / (softness * d0)), with d the squared distance of two codes and d0 that of nearest neighbours,
+    on average.
     """
     if softness == 0:
         return torch.eye(len(codebook))
@@ -80,9 +83,9 @@ class DirectObjective:
     See ``training.fit``.
 
     Args:
-        train_base: let the weights that it shares with CogLM learn too, as an experiment; a model trained so no
-            longer shares them.
-        validate: whatever the model is to be judged by.
+        train_base: an experiment: also train the weights that the model shares with CogLM. Afterwards they are no
+            longer CogLM's.
+        validate: an optional function that evaluates the model.
     """
 
     def __init__(
@@ -109,17 +112,18 @@ class DirectObjective:
         start = self.pairs.start
         if start is not None:
             start = replace_codes(start[rows], self.near, recipe.max_noise, rng)
-        _, hidden = self.model(texts, coarse, start)  # (B, F, D)
+        slots = text_slots(texts, self.model.config.n_text)
+        _, hidden = self.model(slots, coarse, start)  # (B, F, D)
         labels = self.pairs.fine[rows]
         return fine_loss(self.model.base.logits(hidden, len(self.targets)), labels, self.targets)
 
     def validate(self) -> dict[str, float]:
-        """Whatever was handed in to judge the model by; nothing by default."""
+        """The values of the function that was given as ``validate``; none without it."""
         return self._validate(self.model) if self._validate else {}
 
 
 def fine_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy of logits (..., K) against soft targets, and the share of labels (...) guessed right."""
+    """Cross entropy of logits (..., K) against soft targets, and the share of labels (...) predicted exactly."""
     logits, labels = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
     loss = F.cross_entropy(logits, targets.to(logits.device)[labels])
     right = (logits.detach().argmax(-1) == labels).float().mean()

@@ -1,15 +1,15 @@
-"""Training a text model, and the words that the toy's is trained on.
+"""Train a text model, and the words that the toy's text model is trained on.
 
-The idea: a small vocabulary is worth most when every word of a caption is one piece and is the same piece in
-every sentence. So names, tags and the words of templates go in as separate lines: no piece can then grow
-across the place where a name meets its template.
+The idea: a small vocabulary is worth most when every word of a caption is one piece, and the same piece in every
+sentence. So names, tags and the words of templates are separate lines of the training text: no piece can then
+reach across the border between a name and its template.
 
     python -m minicogview.training.text [PATH]
 
 writes the toy's model. Nothing is random: the same captions give the same file.
 
 Follows: T. Kudo, "Subword regularization" (2018), the unigram model of SentencePiece, with byte fallback.
-Simplified: Chinese is not cut into words beforehand; pieces are what several names share.
+Simplified: Chinese is not segmented into words first; its pieces are strings that several names share.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from minicogview.data.emoji import load_emoji
 from minicogview.errors import MiniCogViewError
 from minicogview.tokenizer import CHINESE, EOS, UNK, Tokenizer
 
-# Every model that we train can spell these, whatever its captions hold.
+# Every model that we train can spell these characters, even if its captions do not contain them.
 ALWAYS_SPELLED = "".join(map(chr, range(33, 127))) + "’“”、。！（），：；？"
-BORDER = "\u241f"  # stands in training text where no piece may reach across; never in a model
+BORDER = "\u241f"  # marks in the training text a border that no piece may cross; never part of a model
 
-NAME_WEIGHT = 8  # how often a name is repeated beside its tags
-MIN_TAGS = 3  # words that fewer tags use, and no name, are spelled in parts or bytes
+NAME_WEIGHT = 8  # how often a name is repeated; a tag stands once
+MIN_TAGS = 3  # words that are in fewer tags, and in no name, are spelled in parts or bytes
 WORD = re.compile(f"[A-Za-z]+|{CHINESE.pattern}")
 
-# Always one piece. Skin tones decide what is drawn in half of all captions; the other words join any word
-# ("woman astronaut", "the man who ..."), so no piece may reach across their borders.
+# Always one piece. Half of all captions name a skin tone, which decides what is drawn; the other words combine with
+# any word ("woman astronaut", "the man who ..."), so no piece may reach across their borders.
 TONES = (" medium-light", " medium-dark", " skin tone", *emoji_captions.TONE_PHRASES["zh"].values())
 JOINING = ("的", "男", "女", "男人", "女人", "男生", "女生", "男孩", "女孩", "男性", "女性", "男子", "女子")
 
-# A little everyday language, so that a user's own words do not fall to bytes.
+# Some everyday language, so that a user's own words are not spelled in bytes.
 COMMON_EN = """
 a an the this that these those some any no not one two three four five six seven eight nine ten many few
 more most and or but with without of in on at to from by for as like over under above below behind between
@@ -101,25 +101,25 @@ def train_text_tokenizer(
 ) -> None:
     """Train a SentencePiece unigram model and write it to ``path``.
 
-    Text comes back exactly: no Unicode normalisation, every space is kept, and characters that the captions
-    lack are spelled in bytes. One exception is SentencePiece's own: U+2581 stands for a space and comes back
-    as one.
+    Decoding returns the text exactly: there is no Unicode normalisation, every space is kept, and characters that
+    are in none of the captions are spelled in bytes. The one exception is SentencePiece's own: U+2581 stands for a
+    space and is decoded as one.
 
     Args:
-        captions: texts in all languages that the model shall know.
-        path: where the model goes.
-        n_pieces: number of pieces, with 4 control pieces and 256 bytes.
+        captions: texts in all languages that the model should know.
+        path: where the model is written.
+        n_pieces: number of pieces, including 4 control pieces and 256 bytes.
         whole: phrases that always become one piece, such as skin tones; a space is written as it is.
         max_piece_length: longest piece, in characters.
 
     Raises:
-        MiniCogViewError: if SentencePiece cannot make that many pieces of these captions, or ``path`` cannot
-            be written.
+        MiniCogViewError: if SentencePiece cannot make this many pieces from these captions, or ``path`` cannot be
+            written.
     """
     model = io.BytesIO()
-    # A space is a piece of its own before Chinese, so that a word is the same piece wherever it stands.
+    # A space before Chinese is a piece of its own, so that a word is the same piece in every place.
     lines = [re.sub(f"(?:^|(?<= ))(?={CHINESE.pattern})", BORDER, line) for line in captions]
-    # SentencePiece considers only strings of two different words; with "apple." beside it, "apple" is one.
+    # SentencePiece only considers strings that occur in two different words: "apple." makes "apple" one of them.
     lines += sorted({f"{word}." for line in lines for word in re.findall("[!-~]+", line)})
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -144,7 +144,7 @@ def train_text_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]  # before it stands the place in SentencePiece's own source
+        reason = str(error).rpartition("] ")[2]  # the part before it is a line of SentencePiece's source
         raise MiniCogViewError(f"no text model of {n_pieces} pieces from these captions: {reason}") from None
     try:
         Path(path).write_bytes(model.getvalue())
@@ -153,7 +153,7 @@ def train_text_tokenizer(
 
 
 def toy_lines() -> list[str]:
-    """Every line that the toy's text model is trained on: names, tags, templates and common words."""
+    """All lines that the toy's text model is trained on: names, tags, templates and common words."""
     emoji = load_emoji("names")
     lines = [name for one in load_emoji("train") if one.tone for name in (one.en, one.zh)]
     lines += [name for one in emoji for name in (one.en, one.zh)] * NAME_WEIGHT
@@ -161,11 +161,11 @@ def toy_lines() -> list[str]:
     for template in (*emoji_captions.TEMPLATES["en"], *emoji_captions.TEMPLATES["zh"]):
         lines += [part.strip() for part in template.split("{}") if part.strip()] * NAME_WEIGHT
     lines += [*COMMON_EN.split(), *COMMON_ZH.split()] * NAME_WEIGHT
-    return lines + [f"{word}。" for word in COMMON_ZH.split()]  # a second word each, as above
+    return lines + [f"{word}。" for word in COMMON_ZH.split()]  # "word。" is the second word that contains it
 
 
 def _common_tags(tags: list[str], names: list[str]) -> list[str]:
-    """Tags without rare words and characters; what the names have counts as common."""
+    """Tags without rare words and characters; those that are in a name count as common."""
     known = set(WORD.findall(" ".join(names)))
     count = Counter(WORD.findall(" ".join(tags)))
     return [tag for tag in tags if all(w in known or count[w] >= MIN_TAGS for w in WORD.findall(tag))]
@@ -177,14 +177,14 @@ def train_toy(path: str | Path) -> None:
 
 
 def lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
-    """Tokens of some texts: ``mean``, ``p95`` (at most so many in 95 % of them) and ``max``."""
+    """Number of tokens of some texts: ``mean``, ``p95`` (95 % of the texts have at most this many) and ``max``."""
     counts = sorted(len(tokenizer.encode(text)) for text in texts)
     p95 = counts[int(0.95 * (len(counts) - 1))]
     return {"mean": round(sum(counts) / len(counts), 2), "p95": p95, "max": counts[-1]}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train the toy's text model into the package, or to the path given, and print what it does to names."""
+    """Train the toy's text model, write it into the package or to the given path, and print how long names are."""
     shipped = Path(__file__).parents[1] / "weights" / "toy" / "text.model"
     path = Path(arguments[0]) if arguments else shipped
     train_toy(path)

@@ -1,14 +1,14 @@
-"""Train the picture tokenizer: rebuild the picture through the codebook, and move the codebook after the encoder.
+"""Train the picture tokenizer: reconstruct pictures through the codebook, and let the codebook follow the encoder.
 
-The loss is the difference between picture and reconstruction (absolute plus squared) and the commitment of the
-encoder to the rows it chose (van den Oord et al. 2017). The codebook is moved by ``codebook.py``.
+The loss is the difference between picture and reconstruction (absolute plus squared) and the encoder's commitment
+to the rows it chose (van den Oord et al. 2017). ``codebook.py`` moves the codebook.
 
-Different from the original on purpose: two more terms ask that a code depends on its own cell. Without them the
-encoder hides its neighbours' detail in plain cells, so that a white background is hundreds of codes and another
-skin tone changes the codes of the hair: a few tenths of a decibel for a language that is hard to learn.
+Different from the original on purpose: two more terms make a code depend on its own cell. Without them the encoder
+hides detail of neighbouring cells in plain ones, so that a white background has hundreds of codes and another skin
+tone changes the codes of the hair: that gains a few tenths of a decibel, and the codes become hard to learn.
 
-Training has two parts, so that codes stay what they are once other models learn them: ``levels=(0,)`` trains
-encoder, codebook and the finest decoder; ``levels=(1, 2)`` freezes these and trains the rest.
+Training has two parts, so that codes keep their meaning once other models have learned them: ``levels=(0,)`` trains
+the encoder, the codebook and the finest decoder; ``levels=(1, 2)`` freezes these and trains the rest.
 
 Shapes: B pictures, H x W pixels, h x w cells, C width of a codebook row.
 """
@@ -16,6 +16,7 @@ Shapes: B pictures, H x W pixels, h x w cells, C width of a codebook row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,28 @@ from minicogview.config import get_preset
 from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.evaluation.metrics import psnr, tokenizer_psnr
 from minicogview.training.codebook import CodebookLearner
-from minicogview.training.loop import fit
+from minicogview.training.loop import DEFAULTS, RunOptions, fit
+from minicogview.training.resume import Settings
 from minicogview.vqvae import VQVAE
 
 COMMITMENT = 0.25  # weight of the commitment loss
-LOCALITY = 0.3  # weight of the change that other surroundings make to a cell's vector
-SAMENESS = 1.0  # weight of the spread of the vectors of cells that show the very same pixels
-SETTINGS: dict[str, Any] = {"precision": "bf16", "betas": (0.9, 0.99), "weight_decay": 1e-4, "ema_decay": 0.998}
-SIZES = (32, 96)  # pixels a side, taken in turn
+LOCALITY = 0.3  # weight of how much a cell's vector changes with the cell's surroundings
+SAMENESS = 1.0  # weight of how far the vectors of cells with the very same pixels lie apart
+FINEST = Settings(steps=4000, lr=1.5e-3, weight_decay=1e-4, betas=(0.9, 0.99), ema_decay=0.998)  # for levels=(0,)
+COARSER = replace(FINEST, steps=1200)  # for levels=(1, 2)
+SIZES = (32, 96)  # pixels a side; steps alternate between them
 
 
 def reconstruction(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute plus mean squared error: edges that are sharp, and few large mistakes."""
+    """Mean absolute plus mean squared error: the first keeps edges sharp, the second avoids large mistakes."""
     return F.l1_loss(output, target) + F.mse_loss(output, target)
 
 
 def spread_of_equals(pictures: Tensor, z: Tensor, rate: int) -> Tensor:
     """How far vectors z (B, C, h, w) of cells with the very same pixels lie apart, relative to the variance of z.
 
-    Nearly all such cells have one plain colour. Free to choose, the encoder would hide its neighbours' detail in
-    them, and the background of a picture would be a different code in every cell.
+    Nearly all such cells have one plain colour. Without this term the encoder would hide detail of their neighbours
+    in them, and the background of a picture would have a different code in every cell.
     """
     cells = rearrange(pictures, "b c (h p) (w q) -> (b h w) (c p q)", p=rate, q=rate)
     vectors = rearrange(z.float(), "b c h w -> (b h w) c")
@@ -59,23 +62,26 @@ def spread_of_equals(pictures: Tensor, z: Tensor, rate: int) -> Tensor:
 
 
 def jigsaw(x: Tensor, side: int, order: Tensor) -> Tensor:
-    """Cut x (B, C, H, W) into squares of ``side`` and put them together again in another order."""
+    """Cut x (B, C, H, W) into squares of ``side`` pixels and reassemble them in another order."""
     b, _, height, width = x.shape
     pieces = rearrange(x, "b c (h p) (w q) -> (b h w) c p q", p=side, q=side)[order]
     return rearrange(pieces, "(b h w) c p q -> b c (h p) (w q)", b=b, h=height // side, w=width // side)
 
 
 class TokenizerObjective:
-    """What ``training.loop.fit`` needs to train the tokenizer on emoji.
+    """Trains the tokenizer on emoji. See ``training.fit``.
 
     Args:
         model: trained in place.
-        levels: (0,), or the coarser ones with everything that level 0 uses frozen.
-        batch_pixels: about how many pixels a step sees, whatever the size of its pictures.
-        warm_up: steps without the codebook, before k-means places it.
-        revive_until: until then, unused rows of the codebook move; at this step near ones are merged, and
-            from then on rows only follow their vectors.
+        pictures: (N, 3, S, S) uint8 by size S.
+        levels: (0,), or the coarser ones, for which everything that level 0 uses is frozen.
+        batch_pixels: pixels in a batch, about the same for every size of pictures.
+        warm_up: steps without quantization, before k-means places the codebook.
+        revive_until: before this step, unused rows of the codebook are moved; at this step similar rows are
+            merged, and from then on rows only follow their vectors.
     """
+
+    calls_parts = True  # encoder, quantizer and decoders one by one: the model itself is never called
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class TokenizerObjective:
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def batch(self, step: int) -> Tensor:
-        """Pictures (B, 3, S, S) in 0..1 of a step, half of them mirrored; always the same for one seed and step."""
+        """Pictures (B, 3, S, S) in 0..1 of a step, half of them mirrored; they depend on seed and step alone."""
         generator = self._generator(step)
         size = list(self.pictures)[step % len(self.pictures)]
         pixels = self.pictures[size]  # (N, 3, S, S) uint8
@@ -107,7 +113,7 @@ class TokenizerObjective:
         return pictures.to(self.learner.codebook.device).contiguous(memory_format=torch.channels_last)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the step's own batch, and numbers to show."""
+        """Loss of the step's own batch, and numbers for the log."""
         if step == self.warm_up and not self.frozen:
             self.learner.place(self._vectors(step, n_batches=8), self._generator(step))
         pictures = self.batch(step)
@@ -120,7 +126,7 @@ class TokenizerObjective:
                 sameness = spread_of_equals(pictures, z, self.model.config.rates[0])
                 total = total + self._local_share(step) * (LOCALITY * locality + SAMENESS * sameness)
                 logs |= {"locality": float(locality.detach()), "sameness": float(sameness.detach())}
-            rows, commitment = self._quantise(z, step)
+            rows, commitment = self._quantize(z, step)
             output = self.model.decoder(level)(rows).float()
             total = total + reconstruction(output, self.model.normalise(pictures)) + COMMITMENT * commitment
             decoded = self.model.denormalise(output.detach())
@@ -139,11 +145,11 @@ class TokenizerObjective:
             self.learner.revive(z, self._generator(step))
 
     def settle(self, step: int) -> int:
-        """Merge codebook rows that mean the same, judged on the batches from this step on; how many moved."""
+        """Merge codebook rows that mean the same on the batches from this step on; returns how many moved."""
         return self.learner.settle(self._vectors(step, n_batches=32), self._generator(step))
 
     def validate(self) -> dict[str, float]:
-        """PSNR in dB on characters that training never sees."""
+        """PSNR in dB on characters that are held out from training."""
         numbers = {}
         for size in self.pictures:
             for level in self.levels:
@@ -151,16 +157,16 @@ class TokenizerObjective:
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """What the codebook needs to go on exactly."""
+        """The codebook's moving averages, without which a resumed run would not be exact."""
         return {"counts": self.learner.counts, "sums": self.learner.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of ``state_dict``."""
+        """Restore what ``state_dict`` returned."""
         self.learner.counts.copy_(state["counts"])
         self.learner.sums.copy_(state["sums"])
 
     def _features(self, pictures: Tensor) -> list[tuple[int, Tensor]]:
-        """(level, features) of the levels in training; the frozen encoder keeps no graph."""
+        """(level, features) of the levels in training; nothing is kept for a backward pass through a frozen encoder."""
         with torch.set_grad_enabled(not self.frozen):
             x = self.model.features(pictures, 0)
         features = []
@@ -172,13 +178,13 @@ class TokenizerObjective:
         return features
 
     def _local_share(self, step: int) -> float:
-        """0 to 1: first learn to draw, then to be local. Asked for both at once, a fresh encoder learns neither."""
+        """0 to 1: reconstruct first, be local later. A new encoder that has to do both at once learns neither."""
         return min(1.0, step / self.revive_until) ** 2
 
     def _locality(self, pictures: Tensor, z: Tensor, step: int) -> Tensor:
-        """How much vectors z change when blocks of cells trade places with others, in half of the batch.
+        """How much vectors z change when blocks of cells are exchanged with others, in half of the batch.
 
-        Relative to the variance of z, so that shrinking all vectors does not help.
+        It is relative to the variance of z, so that shrinking all vectors does not help.
         """
         generator = self._generator(step)
         cells = int(2 ** torch.randint(0, 3, (), generator=generator))  # a block's side: 1, 2 or 4
@@ -189,8 +195,8 @@ class TokenizerObjective:
         elsewhere = jigsaw(self.model.quantizer.project(features).float(), cells, order.argsort())
         return (here - elsewhere).pow(2).mean() / z.detach().float().var(dim=(0, 2, 3)).mean()
 
-    def _quantise(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Rows and commitment loss; keeps what ``after_step`` needs. In the warm-up nothing is rounded."""
+    def _quantize(self, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Rows and commitment loss; keeps what ``after_step`` needs. During the warm-up nothing is quantized."""
         if step < self.warm_up and not self.frozen:
             return z, z.new_zeros(())
         rows, commitment, codes = self.model.quantizer.straight_through(z)
@@ -211,7 +217,7 @@ class TokenizerObjective:
 
 
 def freeze_other_levels(model: VQVAE, levels: Sequence[int]) -> None:
-    """Let only what these levels need learn: all that level 0 uses stands still unless 0 is among them."""
+    """Leave trainable only what these levels need; everything that level 0 uses is frozen unless 0 is among them."""
     trained: list[nn.Module] = [model.decoder(level) for level in levels]
     trained += [model.halvers[level - 1] for level in range(1, max(levels) + 1)]
     if 0 in levels:
@@ -222,36 +228,33 @@ def freeze_other_levels(model: VQVAE, levels: Sequence[int]) -> None:
 
 
 def training_pictures(sizes: Sequence[int] = SIZES) -> dict[int, Tensor]:
-    """Emoji (N, 3, S, S) uint8 by size, without the characters that judge the tokenizer."""
+    """Emoji (N, 3, S, S) uint8 by size, without the characters that the tokenizer is evaluated on."""
     left_out = set(indices(load_emoji("tokenizer_heldout")).tolist())
     rows = [row for row in range(len(load_emoji("all"))) if row not in left_out]
     return {size: rearrange(torch.from_numpy(render(size)[rows]), "n h w c -> n c h w") for size in sizes}
 
 
 def train(
-    out_dir: str | Path,
+    folder: str | Path,
+    finest: Settings | None = FINEST,
+    coarser: Settings | None = COARSER,
+    options: RunOptions = DEFAULTS,
     *,
-    steps: int = 4000,
-    coarse_steps: int = 1200,
-    lr: float = 1.5e-3,
     seed: int = 0,
     start_from: str | Path | None = None,
-    progress: bool = True,
-    **options: Any,
 ) -> dict[str, Any]:
-    """Train the toy's tokenizer on emoji and write ``out_dir/vqvae.safetensors``.
+    """Train the toy's tokenizer on emoji and write ``folder/vqvae.safetensors``.
 
-    Level 0 first (about 0.4 s a step on one core), then the coarser levels with everything of level 0 frozen.
-    A killed run goes on where it stood.
+    Level 0 comes first (about 0.4 s a step on one core), then the coarser levels with everything of level 0 frozen.
+    The same call resumes an interrupted run.
 
     Args:
-        steps, coarse_steps: updates of the two parts; 0 leaves a part out.
-        lr: highest learning rate of both parts.
-        start_from: a weight file to go on from, for example to train the coarser levels alone.
-        options: further arguments of ``training.fit``.
+        finest, coarser: settings of the two parts; None leaves a part out.
+        start_from: a weight file to start from, for example to train the coarser levels alone.
 
     Returns:
-        ``weights`` (path) and the PSNR in dB on characters that training never saw, as ``tokenizer_psnr`` gives it.
+        ``weights`` (path), and for each size what ``tokenizer_psnr`` measures on characters that are held out from
+        training, in dB.
 
     Raises:
         MiniCogViewError: for an unusable folder or weight file, or a loss that is not finite.
@@ -259,14 +262,14 @@ def train(
     torch.manual_seed(seed)
     model = VQVAE(get_preset("toy").vqvae) if start_from is None else load_vqvae(start_from)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pictures = training_pictures()
-    for name, levels, n in (("level0", (0,), steps), ("coarse", (1, 2), coarse_steps)):
-        if n:
-            objective = TokenizerObjective(model, pictures, levels, revive_until=int(0.65 * n), seed=seed)
-            fit(objective, Path(out_dir) / name, steps=n, lr=lr, progress=progress, **(SETTINGS | options))
-            if 0 in levels:  # rows have drifted together again: one code for white instead of several, for 0.1 dB
-                objective.settle(n)
-    path = Path(out_dir) / "vqvae.safetensors"
+    pictures, path = training_pictures(), Path(folder) / "vqvae.safetensors"
+    if finest is not None:
+        objective = TokenizerObjective(model, pictures, (0,), revive_until=int(0.65 * finest.steps), seed=seed)
+        fit(objective, path.parent / "level0", finest, options)
+        # Rows have drifted together again: merging them costs 0.1 dB, and white has one code instead of several.
+        objective.settle(finest.steps)
+    if coarser is not None:
+        fit(TokenizerObjective(model, pictures, (1, 2), seed=seed), path.parent / "coarse", coarser, options)
     save_model(path, model, model.config, kind="vqvae")
     shipped = load_vqvae(path)
     return {"weights": str(path), **{f"{s}px": tokenizer_psnr(shipped, s) for s in SIZES}}
