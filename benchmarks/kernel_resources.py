@@ -38,9 +38,9 @@ TARGETS = {
 SIZES = {"GRID_Y": 60, "GRID_X": 60, "HEADS": 48, "HEAD": 64, "HEAD_BLOCK": 64}
 # name, kernel, geometry
 KERNELS: list[tuple[str, Any, dict[str, Any]]] = [
-    ("forward", launch.forward, {"GEO0": OWN_KEYS, "GEO1": COARSE_KEYS, "GEO2": None}),
-    ("forward", launch.forward, {"GEO0": OWN_KEYS, "GEO1": TEXT_KEYS, "GEO2": None}),
-    ("backward_queries", launch.backward_queries, {"GEO0": OWN_KEYS, "GEO1": COARSE_KEYS, "GEO2": None}),
+    ("forward", launch.forward, {"GEOS": (OWN_KEYS, COARSE_KEYS)}),
+    ("forward", launch.forward, {"GEOS": (OWN_KEYS, TEXT_KEYS)}),
+    ("backward_queries", launch.backward_queries, {"GEOS": (OWN_KEYS, COARSE_KEYS)}),
     ("backward_keys", launch.backward_keys["own"], {"GEO": OWN_KEYS}),
     ("backward_keys", launch.backward_keys["coarse"], {"GEO": COARSE_KEYS}),
     ("backward_keys", launch.backward_keys["row"], {"GEO": TEXT_KEYS}),
@@ -49,8 +49,8 @@ KERNELS: list[tuple[str, Any, dict[str, Any]]] = [
 
 def compile_for(target: GPUTarget, kernel: Any, constants: dict[str, Any], dtype: str, config: triton.Config) -> Any:
     """Machine code of a kernel for pointers that are aligned to 16 bytes, as PyTorch's are."""
-    function = kernel.fn
-    types = {}
+    function, n_kinds = kernel.fn, len(constants.get("GEOS", ()))
+    types: dict[str, Any] = {}
     for name in inspect.signature(function.fn).parameters:
         if name in constants:
             types[name] = "constexpr"
@@ -58,7 +58,13 @@ def compile_for(target: GPUTarget, kernel: Any, constants: dict[str, Any], dtype
             types[name] = "*fp32" if re.match("bias|log_sum|delta", name) else f"*{dtype}"
         else:
             types[name] = "fp32" if name == "scale" else "i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] in "*i"}
+        if n_kinds and name in launch.KEY_NAMES:
+            types[name] = (types[name],) * n_kinds  # a tuple: one entry for each kind of keys
+    aligned = {}
+    for i, kind in enumerate(types.values()):
+        paths = [(i, j) for j in range(n_kinds)] if isinstance(kind, tuple) else [(i,)]
+        if kind[0][0] in "*i":
+            aligned |= dict.fromkeys(paths, [["tt.divisibility", 16]])
     source = ASTSource(function, types, constants, aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=target, options=options)
@@ -109,7 +115,7 @@ def main() -> None:
         print(f"{'kernel':18}{'keys':>8}{'type':>6}{'target':>8}{'tile':>8}{'step':>6}{'warps':>7}"
               f"{'registers':>11}{'spilled B':>11}{'shared B':>10}{'matrix ops':>12}")  # fmt: skip
     for name, kernel, geometry in KERNELS:
-        last = [keys for keys in geometry.values() if keys][-1]
+        last = geometry.get("GEO") or geometry["GEOS"][-1]
         keys = "own" if last == OWN_KEYS else "coarse" if last == COARSE_KEYS else "text"
         for dtype in ("bf16",) if options.quick else ("bf16", "fp32"):
             for config in kernel.configs[: 1 if options.quick else None]:

@@ -21,7 +21,7 @@ from minicogview.kernels import local_attention as kernels
 INTERPRETED = not isinstance(kernels.forward, triton.runtime.JITFunction)
 LARGEST_HEAD = 128
 GEO = 11  # numbers that say how one kind of keys lies, in the order of ``kernels.HEIGHT`` to ``kernels.GROUP``
-KEY_NAMES = ("k{}_at", "v{}_at", "bias{}_at", "k{}_row", "k{}_stride", "v{}_row", "v{}_stride")
+KEY_NAMES = ("k_at", "v_at", "bias_at", "k_row", "k_stride", "v_row", "v_stride")
 
 
 def choices(block: str, tiles: Sequence[tuple[int, int]]) -> list[triton.Config]:
@@ -39,7 +39,7 @@ def choices(block: str, tiles: Sequence[tuple[int, int]]) -> list[triton.Config]
 def tuned(kernel: Any, block: str, *tiles: tuple[int, int]) -> Any:
     """A kernel that picks its tile by trying; the interpreter takes the first."""
     configs = choices(block, tiles)[: 1 if INTERPRETED else None]
-    geometry = ["GEO"] if "GEO" in kernel.arg_names else ["GEO0", "GEO1", "GEO2"]
+    geometry = ["GEO"] if "GEO" in kernel.arg_names else ["GEOS"]
     return triton.autotune(configs, key=[*geometry, "GRID_Y", "GRID_X", "HEADS", "HEAD"])(kernel)
 
 
@@ -85,19 +85,14 @@ def split(keys: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[i
         k, v, geo = keys[2 * i], keys[2 * i + 1], (*geometry[GEO * i : GEO * (i + 1)],)
         bias = left.pop(0) if geo[9] else k  # never read then
         arguments = (k, v, bias, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-        kinds.append({**dict(zip((name.format("") for name in KEY_NAMES), arguments, strict=True)), "GEO": geo})
+        kinds.append({**dict(zip(KEY_NAMES, arguments, strict=True)), "GEO": geo})
     return kinds
 
 
 def side_by_side(kinds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same for the kernels that take all kinds at once; where there are fewer than three, the others are None."""
-    arguments: dict[str, Any] = {}
-    for i in range(3):
-        kind = kinds[i] if i < len(kinds) else {"GEO": None}
-        arguments[f"GEO{i}"] = kind["GEO"]
-        for name in KEY_NAMES:
-            arguments[name.format(i)] = kind.get(name.format(""), 0 if name.endswith(("row", "stride")) else None)
-    return arguments
+    """The same for the kernels that take all kinds at once: tuples of them."""
+    together = {name: tuple(kind[name] for kind in kinds) for name in kinds[0]}
+    return {"GEOS": together.pop("GEO"), **together}
 
 
 @torch.library.custom_op("minicogview::local_attention", mutates_args=())

@@ -84,10 +84,11 @@ def inside(real, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr):
 @triton.jit
 def add_keys(
     q, y, x, y0, x0, peak, total, result, k_at, v_at, bias_at, k_stride, v_stride, scale,
-    GEO: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
+    GEOS: tl.constexpr, KIND: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take one kind of keys into a tile's running softmax, ``KEYS`` at a time."""
+    GEO: tl.constexpr = GEOS[KIND]
     halo_y: tl.constexpr = min((TILE_Y + GEO[RATIO_Y] - 2) // GEO[RATIO_Y] + GEO[UP] + GEO[DOWN] + 1, GEO[HEIGHT])
     halo_x: tl.constexpr = min((TILE_X + GEO[RATIO_X] - 2) // GEO[RATIO_X] + GEO[LEFT] + GEO[RIGHT] + 1, GEO[WIDTH])
     first_y = tl.minimum(tl.maximum(y0 // GEO[RATIO_Y] - GEO[UP], 0), GEO[HEIGHT] - halo_y)  # moved inwards at borders
@@ -117,11 +118,9 @@ def add_keys(
 @triton.jit
 def forward(
     q_at, out_at, log_sum_at, q_row, q_stride, scale,
-    k0_at, v0_at, bias0_at, k0_row, k0_stride, v0_row, v0_stride,
-    k1_at, v1_at, bias1_at, k1_row, k1_stride, v1_row, v1_stride,
-    k2_at, v2_at, bias2_at, k2_row, k2_stride, v2_row, v2_stride,
+    k_at, v_at, bias_at, k_row, k_stride, v_row, v_stride,  # tuples: one entry for each kind of keys
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    GEO0: tl.constexpr, GEO1: tl.constexpr, GEO2: tl.constexpr, PRECISION: tl.constexpr,
+    GEOS: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of queries in one head of one picture; up to three kinds of keys, None where there is none.
@@ -138,26 +137,12 @@ def forward(
     peak = tl.full([TILE_Y * TILE_X], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
     result = tl.zeros([TILE_Y * TILE_X, HEAD_BLOCK], tl.float32)
-    if GEO0 is not None:
-        group = row // GEO0[GROUP]
+    for i in tl.static_range(len(GEOS)):
+        group = row // GEOS[i][GROUP]
         peak, total, result = add_keys(
-            q, y, x, y0, x0, peak, total, result, k0_at + group * k0_row + head * HEAD,
-            v0_at + group * v0_row + head * HEAD, bias0_at + group * GEO0[HEIGHT] * GEO0[WIDTH], k0_stride, v0_stride,
-            scale, GEO0, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO1 is not None:
-        group = row // GEO1[GROUP]
-        peak, total, result = add_keys(
-            q, y, x, y0, x0, peak, total, result, k1_at + group * k1_row + head * HEAD,
-            v1_at + group * v1_row + head * HEAD, bias1_at + group * GEO1[HEIGHT] * GEO1[WIDTH], k1_stride, v1_stride,
-            scale, GEO1, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO2 is not None:
-        group = row // GEO2[GROUP]
-        peak, total, result = add_keys(
-            q, y, x, y0, x0, peak, total, result, k2_at + group * k2_row + head * HEAD,
-            v2_at + group * v2_row + head * HEAD, bias2_at + group * GEO2[HEIGHT] * GEO2[WIDTH], k2_stride, v2_stride,
-            scale, GEO2, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
+            q, y, x, y0, x0, peak, total, result, k_at[i] + group * k_row[i] + head * HEAD,
+            v_at[i] + group * v_row[i] + head * HEAD, bias_at[i] + group * GEOS[i][HEIGHT] * GEOS[i][WIDTH],
+            k_stride[i], v_stride[i], scale, GEOS, i, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
         )  # fmt: skip
     some = tl.where(total == 0, 1.0, total)
     out = result / some[:, None]
@@ -173,10 +158,11 @@ def forward(
 @triton.jit
 def add_query_gradient(
     q, d_out, log_sum, delta, y, x, y0, x0, d_q, k_at, v_at, bias_at, k_stride, v_stride, scale,
-    GEO: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
+    GEOS: tl.constexpr, KIND: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one kind of keys adds to dq of a tile; the walk is that of ``add_keys``."""
+    GEO: tl.constexpr = GEOS[KIND]
     halo_y: tl.constexpr = min((TILE_Y + GEO[RATIO_Y] - 2) // GEO[RATIO_Y] + GEO[UP] + GEO[DOWN] + 1, GEO[HEIGHT])
     halo_x: tl.constexpr = min((TILE_X + GEO[RATIO_X] - 2) // GEO[RATIO_X] + GEO[LEFT] + GEO[RIGHT] + 1, GEO[WIDTH])
     first_y = tl.minimum(tl.maximum(y0 // GEO[RATIO_Y] - GEO[UP], 0), GEO[HEIGHT] - halo_y)
@@ -201,11 +187,9 @@ def add_query_gradient(
 @triton.jit
 def backward_queries(
     q_at, out_at, log_sum_at, d_out_at, d_q_at, delta_at, q_row, q_stride, scale,
-    k0_at, v0_at, bias0_at, k0_row, k0_stride, v0_row, v0_stride,
-    k1_at, v1_at, bias1_at, k1_row, k1_stride, v1_row, v1_stride,
-    k2_at, v2_at, bias2_at, k2_row, k2_stride, v2_row, v2_stride,
+    k_at, v_at, bias_at, k_row, k_stride, v_row, v_stride,  # tuples: one entry for each kind of keys
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    GEO0: tl.constexpr, GEO1: tl.constexpr, GEO2: tl.constexpr, PRECISION: tl.constexpr,
+    GEOS: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq (B, T, N, H) of one tile, and ``delta`` (B, N, T) for ``backward_keys``: the sum of ``out * d_out``.
@@ -225,26 +209,12 @@ def backward_queries(
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_at + per_query, delta, mask=real)
     d_q = tl.zeros([TILE_Y * TILE_X, HEAD_BLOCK], tl.float32)
-    if GEO0 is not None:
-        group = row // GEO0[GROUP]
+    for i in tl.static_range(len(GEOS)):
+        group = row // GEOS[i][GROUP]
         d_q = add_query_gradient(
-            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k0_at + group * k0_row + head * HEAD,
-            v0_at + group * v0_row + head * HEAD, bias0_at + group * GEO0[HEIGHT] * GEO0[WIDTH], k0_stride, v0_stride,
-            scale, GEO0, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO1 is not None:
-        group = row // GEO1[GROUP]
-        d_q = add_query_gradient(
-            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k1_at + group * k1_row + head * HEAD,
-            v1_at + group * v1_row + head * HEAD, bias1_at + group * GEO1[HEIGHT] * GEO1[WIDTH], k1_stride, v1_stride,
-            scale, GEO1, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO2 is not None:
-        group = row // GEO2[GROUP]
-        d_q = add_query_gradient(
-            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k2_at + group * k2_row + head * HEAD,
-            v2_at + group * v2_row + head * HEAD, bias2_at + group * GEO2[HEIGHT] * GEO2[WIDTH], k2_stride, v2_stride,
-            scale, GEO2, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
+            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k_at[i] + group * k_row[i] + head * HEAD,
+            v_at[i] + group * v_row[i] + head * HEAD, bias_at[i] + group * GEOS[i][HEIGHT] * GEOS[i][WIDTH],
+            k_stride[i], v_stride[i], scale, GEOS, i, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
         )  # fmt: skip
     d_q = (d_q * scale).to(d_q_at.dtype.element_ty)
     tl.store(rows_of(d_q_at + start, tokens, HEADS * HEAD, HEAD_BLOCK), d_q, mask=there)
