@@ -233,7 +233,7 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for ``batch`` rows of up to ``max_len`` tokens, in the number format that the model computes in."""
+        """An empty cache for ``batch`` rows of up to ``max_len`` tokens, with this model's device and number format."""
         like, n_heads = cast(Tensor, self.final_norm.weight), cast(Block, self.layers[0]).attention.n_heads
         return KVCache(self.config, batch, max_len, like.device, like.dtype, n_heads)
 
