@@ -34,7 +34,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pipeline import CogView2
 from minicogview.transformer import MLP, Attention, Block, Transformer
+
+if TYPE_CHECKING:
+    from minicogview.pipeline import CogView2
 
 PARTS = {Attention: ("qkv", "out"), MLP: ("up", "down")}  # the first is split by outputs, the second by inputs
 
