@@ -1,8 +1,8 @@
-"""Why training on a CPU uses written-out attention: forward and backward time against the fused operator.
+"""Why training on a CPU writes attention out: its forward and backward time against PyTorch's fused operator.
 
     python benchmarks/attention_cpu.py
 
-Sizes of the toy: batch 64, 4 heads of 64, 76 tokens, bfloat16 as under autocast, one thread.
+The sizes are the toy's: batch 64, 4 heads of 64, 76 tokens, bfloat16 as under autocast, one thread.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from minicogview.attention import attention_weights
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's operator."""
+    """PyTorch's fused operator."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Ours, written out."""
+    """Our attention, written out."""
     return attention_weights(q, k, bias).to(v.dtype) @ v
 
 
 def measure(attend: Callable[..., Tensor], rounds: int = 20) -> tuple[float, float]:
-    """Median milliseconds of CPU time, forward and backward."""
+    """Median CPU milliseconds of the forward and of the backward pass."""
     q, k, v = (torch.randn(64, 4, 76, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     bias, times = torch.zeros(64, 1, 76, 76), []
     for _ in range(rounds):

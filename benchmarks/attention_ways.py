@@ -1,4 +1,4 @@
-"""The usual ways of computing local attention, to measure against: see ``local_attention.py`` here."""
+"""The usual ways of computing local attention, which ``local_attention.py`` in this folder measures ours against."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setting:
-    """One block of rows."""
+    """One size, type and direction: the rows of the table that are compared with one another."""
 
     side: int
     heads: int
@@ -47,14 +47,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, 
 
 
 def unfolded(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """Every window of x (B, h * w, N, H), copied out: (B, N, H, cells, h * w), zeros outside the grid."""
+    """A copy of every window of x (B, h * w, N, H): (B, N, H, cells, h * w), zeros outside the grid."""
     picture = rearrange(x, "b (y x) n h -> b (n h) y x", y=grid[0])
     windows = F.unfold(picture, window, padding=(window[0] // 2, window[1] // 2))
     return windows.view(len(x), *x.shape[2:], window[0] * window[1], -1)
 
 
 def unfold_way(setting: Setting) -> Attend:
-    """Windows copied out, and the dot products as products and sums."""
+    """A copy of every window, with dot products as elementwise products and sums."""
     grid, coarse_grid = setting.grid, setting.coarse_grid
     inside = torch.cat(
         [
@@ -82,12 +82,12 @@ def unfold_way(setting: Setting) -> Attend:
 
 
 def side_by_side(k: Tensor, coarse_k: Tensor) -> Tensor:
-    """Keys of both grids, heads first: (B, N, S, H)."""
+    """The keys of both grids in one list, heads first: (B, N, S, H)."""
     return torch.cat([k, coarse_k], 1).transpose(1, 2)
 
 
 def dense_way(setting: Setting) -> Attend:
-    """Fused attention with a mask over all pairs."""
+    """PyTorch's fused attention with a mask over all pairs."""
     masks = [
         window_mask(setting.grid, setting.grid, WINDOW),
         window_mask(setting.grid, setting.coarse_grid, COARSE_WINDOW),
@@ -102,7 +102,7 @@ def dense_way(setting: Setting) -> Attend:
 
 
 def flex_way(setting: Setting) -> Attend:
-    """FlexAttention: the windows as a function of two positions, compiled into the kernel."""
+    """PyTorch's FlexAttention: the windows are a function of two positions, compiled into the kernel."""
     side, ratio, n = setting.side, setting.ratio, setting.side**2
     coarse_side = side // ratio
 
@@ -125,7 +125,7 @@ def flex_way(setting: Setting) -> Attend:
 
 
 def xformers_way(setting: Setting) -> Attend:
-    """xformers' memory-efficient attention; the mask is added to the scores."""
+    """xformers' memory-efficient attention, with the mask as a bias on the scores."""
     from xformers.ops import memory_efficient_attention
 
     n, coarse_n = setting.side**2, setting.coarse_grid[0] ** 2
@@ -133,7 +133,7 @@ def xformers_way(setting: Setting) -> Attend:
         window_mask(setting.grid, setting.grid, WINDOW),
         window_mask(setting.grid, setting.coarse_grid, COARSE_WINDOW),
     ]
-    bias = torch.zeros(n, -(-(n + coarse_n) // 8) * 8, dtype=DTYPES[setting.dtype])  # rows have to be aligned
+    bias = torch.zeros(n, -(-(n + coarse_n) // 8) * 8, dtype=DTYPES[setting.dtype])  # its rows must be aligned
     bias[:, : n + coarse_n].masked_fill_(~torch.cat(masks, 1), float("-inf"))
     bias = bias.to(setting.device)[None, None, :, : n + coarse_n].expand(1, setting.heads, -1, -1)
 
@@ -145,7 +145,7 @@ def xformers_way(setting: Setting) -> Attend:
 
 
 def natten_way(setting: Setting) -> Attend:
-    """NATTEN's neighbourhood attention on the own grid alone."""
+    """NATTEN's neighbourhood attention, on the fine grid only."""
     from natten import na2d
 
     def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:

@@ -1,22 +1,22 @@
-"""Drawing a picture token by token: this package against the original's way of doing it, in one run.
+"""Drawing a picture token by token: how much faster this package is than the original, measured in one run.
 
-The original's way is written out below, plainly, from what the official CogView2 scripts and SwissArmyTransformer
-0.2.1 compute. At every step
+The original's method is reimplemented below from the official CogView2 scripts and SwissArmyTransformer 0.2.1.
+At every step
 
-* each layer joins its old keys and values with the new ones into new tensors, and when all layers are done, all that
-  they remember is joined once more into one tensor over all layers: the whole cache is copied twice;
-* masks and attention weights of the whole sequence are cut to the current row, and the row is searched for a
-  forbidden column in every layer;
-* tokens are sampled by a Python loop over the batch: for each row a draw among the 16 likeliest of 500 clusters, then
-  every token outside of the drawn cluster is forbidden by a boolean mask; a softmax and a second draw over all tokens
-  follow, and the new column is joined to all tokens so far.
+* each layer concatenates its old keys and values with the new ones, and after the last layer, the keys and values of
+  all layers are concatenated once more into a single tensor: the whole cache is copied twice;
+* masks and attention weights of the whole sequence are cut to the current row, and every layer searches this row for a
+  forbidden column;
+* tokens are sampled in a Python loop over the batch: for each row, one of the 16 likeliest of 500 clusters is drawn, a
+  boolean mask forbids all tokens outside this cluster, a softmax and a second draw over all tokens follow, and the new
+  column is concatenated with all tokens so far.
 
-Both sides use the same weights, clusters and settings, restrict the output layer to the picture codes, run in float32
-on one thread, and are timed in turn, so that a busy machine slows both. What is left out favours the original: its
-hooks and its wrappers for several GPUs cost Python time in every layer.
+Both sides use the same weights, clusters and settings, restrict the output layer to the picture codes, and run in
+float32 on one thread. They are timed in turn, so that a busy machine slows down both. Parts of the original are left
+out, in its favour: its hooks and its wrappers for several GPUs cost Python time in every layer.
 
     python benchmarks/decode.py                    prints the table
-    python benchmarks/decode.py --json FILE        and writes it
+    python benchmarks/decode.py --json FILE        also writes it to a file
     python benchmarks/decode.py --full             with weights that use all bits of float32, see make_model
 """
 
@@ -41,6 +41,7 @@ from minicogview.clusters import Clusters
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig
 from minicogview.sampling import Sampler
+from minicogview.scale.decoding import fast_steps
 from minicogview.scale.packing import packed
 from minicogview.transformer import MLP, Attention, Transformer
 
@@ -51,15 +52,16 @@ SETTINGS = SamplingConfig(temperature=1.0, top_k=16, n_clusters=500, text_weight
 
 
 def make_model(full: bool = False) -> CogLM:
-    """6 layers, width 256, 8 heads, vocabulary 20480, random float32 weights.
+    """A model of 6 layers, width 256, 8 heads and vocabulary size 20480, with random float32 weights.
 
-    They are rounded as a half-precision file rounds them, which is how the original's weights and this package's
-    own are kept. With ``full`` they are not: then the packed matrices need two parts.
+    The weights are rounded to half precision, in which the original's and this package's own weights are stored. With
+    ``full`` they are not rounded, and each packed matrix needs two parts.
     """
     torch.manual_seed(0)
     transformer = TransformerConfig(n_layers=6, d_model=256, n_heads=8, vocab_size=VOCAB, max_positions=1024)
     ids = SpecialIds(pad=VOCAB - 1, boi=VOCAB - 2, boe=VOCAB - 3, boc=VOCAB - 4)
     model = CogLM(CogLMConfig(transformer, LayoutConfig(), ids, N_CODES)).eval()
+    model.decoding = fast_steps  # as in ``CogView2``
     return model if full else model.half().float()
 
 
@@ -69,7 +71,7 @@ def make_model(full: bool = False) -> CogLM:
 def attend_with_memory(
     attention: Attention, x: Tensor, mask: Tensor, log_weights: Tensor, memory: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One layer's attention of x (B, T, D) over memory (B or 1, S, 2D) and itself; also its own part, (B, T, 2D)."""
+    """One layer's attention from x (B, T, D) to ``memory`` (B or 1, S, 2D) and x; also x's own memory (B, T, 2D)."""
     n_heads = attention.n_heads
     q, k, v = (rearrange(t, "b t (n h) -> b n t h", n=n_heads) for t in attention.qkv(x).chunk(3, dim=-1))
     own = rearrange(torch.stack([k, v]), "two b n t h -> b t (two n h)")
@@ -85,7 +87,7 @@ def attend_with_memory(
 
 
 def mlp_written_out(mlp: MLP, x: Tensor) -> Tensor:
-    """The two linear layers with GELU's tanh form between them, spelled out as there."""
+    """Two linear layers around a GELU whose tanh approximation is computed step by step, as in the original."""
     x = mlp.up(x)
     return mlp.down(0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x))))
 
@@ -93,7 +95,7 @@ def mlp_written_out(mlp: MLP, x: Tensor) -> Tensor:
 def forward_with_memory(
     model: Transformer, tokens: Tensor, positions: Tensor, mask: Tensor, log_weights: Tensor, memory: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, D), and what all layers remember (L, B, S + T, 2D), joined anew."""
+    """Hidden states (B, T, D), and keys and values of all layers (L, B, S + T, 2D), concatenated anew."""
     x = model.token_embedding(tokens) + model.position_embedding(positions)
     own_parts = []
     for i, layer in enumerate(model.layers):
@@ -109,7 +111,7 @@ def forward_with_memory(
 
 
 def sample_row_by_row(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) tokens by cluster sampling, with a Python loop over the batch."""
+    """Tokens (B,) by cluster sampling, in a Python loop over the batch."""
     logits = logits / SETTINGS.temperature
     probability = logits.softmax(-1)
     mass = torch.zeros(len(logits), SETTINGS.n_clusters).scatter_add_(1, labels.expand_as(probability), probability)
@@ -122,7 +124,7 @@ def sample_row_by_row(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def original_way(model: CogLM, choose: Choose, batch: int) -> Tensor:
-    """(B, 400) codes drawn with the growing memory."""
+    """Codes (B, 400), generated with the memory that is concatenated anew at every step."""
     transformer, layout = model.transformer, model.config.layout
     length = N_TEXT + 1 + layout.n_image
     after_text = torch.arange(layout.max_text, layout.max_text + length - N_TEXT)
@@ -146,7 +148,7 @@ def original_way(model: CogLM, choose: Choose, batch: int) -> Tensor:
 
 
 def our_way(model: CogLM, clusters: Clusters, batch: int) -> Tensor:
-    """(B, 400) codes from ``CogLM.generate``, the function that the command line calls."""
+    """Codes (B, 400) from ``CogLM.generate``, the function that the command line uses."""
     sampler = Sampler(range(batch), SETTINGS, clusters, model.config.layout.n_image)
     return model.generate([TEXT], sampler, n=batch, text_weight=SETTINGS.text_weight).tokens
 
@@ -155,7 +157,7 @@ def our_way(model: CogLM, clusters: Clusters, batch: int) -> Tensor:
 
 
 def largest_difference(model: CogLM) -> float:
-    """Of the logits of both ways, when they are made to draw the same 2 x 400 random tokens."""
+    """Largest difference between both sides' logits when they are made to choose the same 2 x 400 random tokens."""
     script = torch.randint(N_CODES, (2, model.config.layout.n_image), generator=torch.Generator().manual_seed(0))
     seen: dict[str, list[Tensor]] = {"original": [], "ours": []}
 
@@ -170,7 +172,7 @@ def largest_difference(model: CogLM) -> float:
 
 
 def measure(model: CogLM, labels: Tensor, batch: int, rounds: int) -> dict[str, float]:
-    """Median CPU seconds of both ways, alternated."""
+    """Median CPU seconds of both sides, timed in turn."""
     clusters, shape = Clusters.of(labels), (batch, model.config.layout.n_image)
     seconds: dict[str, list[float]] = {"original": [], "ours": []}
     for _ in range(rounds):
@@ -194,9 +196,9 @@ def measure(model: CogLM, labels: Tensor, batch: int, rounds: int) -> dict[str, 
 
 
 def main() -> None:
-    """Check that both ways agree, measure batch 1, 8 and 32, and print the table."""
+    """Check that both sides agree, measure batches of 1, 8 and 32, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="weights that a half-precision file could not hold")
@@ -207,7 +209,7 @@ def main() -> None:
     with packed(model.transformer, rows=1):
         packing = round(time.process_time() - start, 2)
     difference = largest_difference(model)
-    print(f"both ways' logits differ by at most {difference:.0e}; packing the layers once took {packing} s")
+    print(f"the logits of both sides differ by at most {difference:.0e}; packing the layers once took {packing} s")
     labels = torch.randint(SETTINGS.n_clusters, (N_CODES,), generator=torch.Generator().manual_seed(0))
     print("6 layers, width 256, 8 heads, 20 text and 400 picture tokens, one thread, CPU seconds, medians")
     print(f"{'batch':>5} {'original':>9} {'ours':>7} {'ratio':>6} {'original tok/s':>15} {'ours tok/s':>11}")

@@ -1,12 +1,12 @@
-"""Drawing on a CPU: what each way of making a step fast gains over a preallocated float32 cache.
+"""Drawing on a CPU: how much faster each method makes a step, compared with a plain preallocated float32 cache.
 
-* "cache": keys and values in a preallocated cache, products by ``F.linear``; ratios are to this one;
-* "packed": the same with packed matrices, what ``CogLM.generate`` chooses by itself (``scale/packing.py``);
-* "compiled": fixed steps (``scale/graphs.py``) through torch.compile with frozen weights; needs a C++ compiler.
+* "cache": keys and values in a preallocated cache, products by ``F.linear``; the ratios are relative to this method;
+* "packed": the same with packed matrices, which the package uses on a CPU by default (``scale/packing.py``);
+* "compiled": fixed steps (``scale/graphs.py``) under torch.compile with frozen weights; needs a C++ compiler.
 
-Two models: "small", 6 layers of width 256 that draw 400 tokens of 1,024 codes, with random weights; and "toy", the
-shipped 5 layers of width 256 that draw 64. Steps alone are timed, tokens are chosen greedily, on one thread; CPU
-seconds, alternated, medians.
+There are two models: "small" has 6 layers of width 256 with random weights, and draws 400 tokens out of 1,024 codes;
+"toy" is the shipped model of 5 layers of width 256, and draws 64 tokens. Only the steps are timed, on one thread, and
+tokens are chosen greedily. The numbers are medians of CPU seconds; the methods are timed in turn.
 
     python benchmarks/fast_decode.py [--batches 1 4 16] [--rounds 5] [--json FILE]
 """
@@ -30,18 +30,20 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor
 
-from minicogview.attention import attention_bias
+from minicogview.attention import MASKED, attention_bias
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
 from minicogview.pipeline import CogView2
+from minicogview.scale.decoding import packed_head
 from minicogview.scale.graphs import FixedStep
 from minicogview.scale.packing import packed
+from minicogview.transformer import KVCache
 
 N_TEXT = 8
 
 
 class Steps:
-    """All steps of one picture, greedily, by one of the ways."""
+    """All steps of drawing one batch of pictures greedily, by one method, ``way``."""
 
     def __init__(self, model: CogLM, batch: int, way: str):
         self.model, self.batch, self.way = model, batch, way
@@ -54,39 +56,45 @@ class Steps:
         self.prompt = torch.cat([prompt, torch.tensor([model.config.ids.boi])]).expand(batch, -1)
         self.fixed: FixedStep | None = None
         if way == "compiled":
-            cache = self.read_prompt()[1]
-            self.fixed = FixedStep(model.transformer, cache, self.bias)
-            # Compiled code copies all of a tensor that is changed through a view: so each layer has one of its own.
+            self.fixed = FixedStep(model.transformer, self.read_prompt()[1])
+            # Compiled code copies the whole of a tensor that is changed through a view, so each layer gets its own.
+            cache: Any = self.fixed.cache
             cache.k, cache.v = ([layer.clone() for layer in part] for part in (cache.k, cache.v))
             self.fixed._run = torch.compile(self.fixed._run, dynamic=False)  # type: ignore[method-assign]
 
     def read_prompt(self) -> tuple[Tensor, Any]:
-        """Hidden states behind the prompt, and the cache."""
+        """Hidden states at the end of the prompt, and the cache."""
         cache, n = self.model.transformer.new_cache(self.batch, self.length - 1), N_TEXT + 1
         hidden = self.model.transformer(self.prompt, self.positions[:, :n], self.bias[:, :, :n, :n], cache)
         return hidden[:, -1], cache
 
+    @staticmethod
+    def start_again(fixed: FixedStep, prompt: KVCache) -> None:
+        """Put the prompt's keys and values into the fixed step's cache, and mask all later places."""
+        for ours, theirs in zip([*fixed.cache.k, *fixed.cache.v], [*prompt.k, *prompt.v], strict=True):
+            ours[:, :, : N_TEXT + 1] = theirs[:, :, : N_TEXT + 1]
+        fixed.cache.length = N_TEXT + 1
+        fixed.bias.fill_(MASKED)
+
     def __call__(self) -> tuple[float, Tensor]:
-        """CPU seconds, and the tokens."""
+        """CPU seconds of all steps, and the tokens (B, n)."""
         transformer, tokens = self.model.transformer, []
         with ExitStack() as stack:
-            if self.way == "packed":  # as ``CogLM.fill`` does
+            if self.way == "packed":  # as ``fast_steps`` and ``CogLM.fill`` do
                 stack.enter_context(packed(transformer, self.batch))
+                stack.enter_context(packed_head(self.model, self.batch))
                 stack.enter_context(torch.inference_mode())
             hidden, cache = self.read_prompt()
             if self.fixed is not None:
-                for ours, theirs in zip([*self.fixed.cache.k, *self.fixed.cache.v], [*cache.k, *cache.v], strict=True):
-                    ours[:, :, : N_TEXT + 1] = theirs[:, :, : N_TEXT + 1]
-            head = self.model._head(self.batch) if self.way == "packed" else None
+                self.start_again(self.fixed, cache)
             start = time.process_time()
             for i in range(N_TEXT + 1, self.length):
-                logits = head(hidden) if head else transformer.logits(hidden, self.model.config.n_codes)
-                tokens.append(logits.argmax(-1))
+                tokens.append(self.model.code_logits(hidden).argmax(-1))
                 if i == self.length - 1:
                     break
                 token, position = tokens[-1][:, None], self.positions[:, i : i + 1]
                 if self.fixed is not None:
-                    hidden = self.fixed(token, position, i)
+                    hidden = self.fixed(token, position, None)
                 else:
                     hidden = transformer(token, position, None, cache)[:, -1]
             return time.process_time() - start, torch.stack(tokens, dim=1)
@@ -94,7 +102,7 @@ class Steps:
 
 @torch.no_grad()
 def measure(model: CogLM, batch: int, rounds: int) -> dict[str, float]:
-    """Tokens per CPU second of each way, and its ratio to the cache alone."""
+    """Tokens per CPU second of each method, and its speed relative to "cache"."""
     ways = ["cache", "packed", *(["compiled"] if shutil.which("g++") or shutil.which("clang++") else [])]
     steps: dict[str, Callable[[], tuple[float, Tensor]]] = {way: Steps(model, batch, way) for way in ways}
     expected = steps["cache"]()[1]
@@ -114,7 +122,7 @@ def measure(model: CogLM, batch: int, rounds: int) -> dict[str, float]:
 
 
 def small() -> CogLM:
-    """6 layers, width 256, 8 heads, random weights that a half-precision file could hold."""
+    """A model of 6 layers, width 256 and 8 heads, with random weights rounded to half precision."""
     torch.manual_seed(0)
     n_codes, vocab = 1024, 1536
     sizes = TransformerConfig(n_layers=6, d_model=256, n_heads=8, vocab_size=vocab)
@@ -124,7 +132,7 @@ def small() -> CogLM:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="what each way of making a step fast gains on a CPU")
+    parser = argparse.ArgumentParser(description="how much faster each method makes drawing on a CPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)

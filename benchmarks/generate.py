@@ -1,4 +1,4 @@
-"""What the stages of a large model cost on this machine: seconds, tokens, memory, and how near they come to its limits.
+"""What the stages of a large model cost on this machine, in seconds and memory, compared with the machine's limits.
 
 Stages: "coglm" is one step of CogLM for a batch of pictures, measured over some steps after the prompt; "direct" and
 "iterative" are one pass of each super-resolution model, sampling included (LoPAR has six); "picture" is a whole
@@ -10,7 +10,7 @@ product as large as one of a layer's goes in the number format of the computatio
 of the first stage can be no faster than its weights and cache are read, a pass no faster than its products, or than the
 disk; "share" is that floor / time.
 
-    python benchmarks/generate.py FOLDER                             a folder of weights; random ones are written if new
+    python benchmarks/generate.py FOLDER                             of weights; if it is new, random ones are written
     python benchmarks/generate.py FOLDER --device cuda
     python benchmarks/generate.py FOLDER --stages coglm --weights int4 --batches 1 4 --json FILE
     python benchmarks/generate.py FOLDER --stages picture --memory 6GB
@@ -42,28 +42,31 @@ from minicogview.evaluation.cost import super_resolution_flops
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.sampling import Sampler
+from minicogview.scale.decoding import fast_steps
 from minicogview.scale.plan import BITS, Formats, Plan, Sizes, choose_formats
 from minicogview.super_resolution import DirectSR
 
 WAYS = ("memory", "int8", "int4", "disk")
 TEXT = 16  # tokens of the text
+PRODUCT = 3600, 3072, 12288  # rows, inner size and columns of a product as large as one of a layer's
+SUM = 2**27  # numbers of 8 bytes each in a large sum
 
 
 class Enough(Exception):
-    """Ends drawing after the steps that are timed."""
+    """Raised to end generation after the steps that are timed."""
 
 
 def wait(device: str) -> None:
-    """Until the device has done its work."""
+    """Wait until the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def limits(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a second from memory and from the disk, and operations a second of a large product in ``dtype``."""
-    rows, inner, columns = 3600, 3072, 12288
+    rows, inner, columns = PRODUCT
     a, b = (torch.randn(n, inner, dtype=dtype, device=device) for n in (rows, columns))
-    large = torch.ones(2**27, dtype=torch.int64, device=device)
+    large = torch.ones(SUM, dtype=torch.int64, device=device)
 
     def best(work: Any, rounds: int = 5) -> float:
         times = []
@@ -75,7 +78,7 @@ def limits(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    copies = 1 if device == "cpu" else 2  # bytes that a copy reads and writes
+    copies = 1 if device == "cpu" else 2  # a sum only reads, a copy reads and writes
     seconds = best(large.sum if device == "cpu" else large.clone)
     return {
         "memory": copies * large.nbytes / seconds,
@@ -84,9 +87,10 @@ def limits(folder: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def draw(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float:
-    """Seconds of a step."""
+def one_step(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float:
+    """Seconds of one step of CogLM."""
     model, _, _, offload = load_stages(folder, plan)
+    model.decoding = fast_steps  # as in ``CogView2``
     assert offload is not None
     offload.need("coglm")
     clusters = Clusters.of(torch.arange(preset.coglm.n_codes) % SamplingConfig().n_clusters)
@@ -95,7 +99,7 @@ def draw(folder: Path, preset: Any, plan: Plan, batch: int, steps: int) -> float
     times = []
 
     def on_step(done: int) -> None:
-        if done in (3, 3 + steps):  # the first ones warm up
+        if done in (3, 3 + steps):  # the first three steps are a warm-up
             wait(str(plan.device))
             times.append(time.perf_counter())
         if done == 3 + steps:
@@ -118,7 +122,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
     times = []
     for _ in range(1 if plan.device == "cpu" else 3):
         for file in folder.glob("*-of-*.safetensors"):
-            forget(file)  # of a pass from the disk the disk is a part
+            forget(file)  # so that a pass that streams its weights really reads the disk
         wait(plan.device)
         start = time.perf_counter()
         if stage == "direct":
@@ -131,7 +135,7 @@ def one_pass(folder: Path, preset: Any, plan: Plan, batch: int, stage: str) -> f
 
 
 def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
-    """Seconds of a whole picture, and of its stages."""
+    """Seconds of a whole picture, and of each stage."""
     start = time.perf_counter()
     model = CogView2.from_pretrained(folder, memory=memory, device=device)
     began = {"coglm": time.perf_counter()}
@@ -151,7 +155,7 @@ def picture(folder: Path, memory: str, device: str) -> dict[str, float]:
 
 
 def floor(stage: str, weights: str, batch: int, preset: Any, speed: dict[str, float]) -> float:
-    """Seconds that this machine needs at least."""
+    """The fewest seconds in which this machine could do the work, given its measured limits."""
     sizes = Sizes.of(preset.coglm, preset.direct, True, mapped=True)
     bits = BITS.get(weights, 16.0)
     if stage == "coglm":
@@ -176,7 +180,7 @@ def formats_of(options: argparse.Namespace) -> Formats:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One row, as JSON on stdout."""
+    """Measure one row, and print it as JSON."""
     torch.set_num_threads(options.threads)
     preset, (stage, weights, batch) = get_preset(options.preset), options.row
     memory = Memory()
@@ -188,7 +192,7 @@ def worker(options: argparse.Namespace) -> None:
         formats = formats_of(options)
         plan = Plan(way, way, way, True, formats.dtype, options.device, formats.kept)
         n = int(batch)
-        work = draw if stage == "coglm" else one_pass
+        work = one_step if stage == "coglm" else one_pass
         row = {"s": work(options.folder, preset, plan, n, options.steps if stage == "coglm" else stage)}
     memory.ended = True
     on_gpu = options.device != "cpu"
@@ -197,7 +201,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, stage: str, weights: str, batch: int) -> dict[str, Any]:
-    """One row in a process of its own; why there is none where it cannot be."""
+    """One row, measured in its own process; if that is impossible, the reason."""
     if options.device != "cpu" and not torch.cuda.is_available():
         return {"not_measured": "no GPU here"}
     command = [sys.executable, __file__, str(options.folder), "--row", stage, weights, str(batch)]
@@ -211,12 +215,12 @@ def measure(options: argparse.Namespace, stage: str, weights: str, batch: int) -
 
 
 def said(value: Any) -> str:
-    """A number with three digits behind the point."""
+    """A value as text; a float has three digits after the decimal point."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
-    """Measure what was asked for, print a row at a time, and write them all."""
+    """Measure all rows that the options ask for, print each, and write them to a file if one is given."""
     parser = argparse.ArgumentParser(description="what the stages of a large model cost on this machine")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="cogview2")
@@ -228,7 +232,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--memory", nargs="+", default=["6GB"])
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="write the rows here; rows that are there already stay")
+    parser.add_argument("--json", type=Path, help="add the rows to this file")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:

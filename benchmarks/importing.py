@@ -1,12 +1,13 @@
-"""Importing a released model of full size: seconds, and memory, beside what the disk can do.
+"""Importing a released model of full size: time and memory, compared with the speed of the disk.
 
-Makes a file of random half-precision weights in the form of the release (CogLM of the preset, 12 GB for cogview2),
-imports it, and reads it back. The disk's own speed is measured in the same folder right before: a large file written
-and flushed, and read again after its pages were dropped from memory (where the system allows that).
+It writes a file of random half-precision weights in the format of the release (CogLM of the preset, 12 GB for
+cogview2), imports it, and reads the result back. Just before, it measures the speed of the disk in the same folder: a
+large file is written and flushed, then read again after its pages have been dropped from memory (if the system allows
+that).
 
     python benchmarks/importing.py FOLDER                     needs 26 GB on the disk and 14 GB of memory
     python benchmarks/importing.py FOLDER --layers 4          a part of the model
-    python benchmarks/importing.py FOLDER --json FILE         and writes the numbers
+    python benchmarks/importing.py FOLDER --json FILE         also writes the numbers to a file
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from minicogview.config import Preset, get_preset
 
 
 def write_random(folder: Path, preset: Preset) -> None:
-    """A folder as the authors would have uploaded it."""
+    """A folder of random weights in the form that the authors uploaded theirs in."""
     sizes = preset.coglm.transformer
     place = folder / MODELS["coglm"] / "20000"
     place.mkdir(parents=True)
@@ -61,19 +62,19 @@ def write_random(folder: Path, preset: Preset) -> None:
 
 
 def forget(path: Path) -> None:
-    """Have the system drop a file's pages, so that reading it means the disk."""
+    """Have the system drop a file's pages from memory, so that reading it again reads the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_speed(folder: Path, gigabytes: int = 2) -> tuple[float, float]:
-    """Bytes a second written and flushed, and read again."""
+def disk_speed(folder: Path, gigabytes: float = 2) -> tuple[float, float]:
+    """Bytes per second of writing and flushing a file, and of reading it again."""
     path, block = folder / "speed.bin", os.urandom(2**24)
     start = time.perf_counter()
     with path.open("wb") as file:
-        for _ in range(gigabytes * 64):
+        for _ in range(round(gigabytes * 64)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
@@ -89,7 +90,7 @@ def disk_speed(folder: Path, gigabytes: int = 2) -> tuple[float, float]:
 
 
 class Memory(threading.Thread):
-    """Watches this process's memory, in GB: its own, and with the pages of mapped files."""
+    """A thread that records this process's peak memory in GB: without pages of mapped files, and with them."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -1,11 +1,11 @@
-"""What the Triton kernels need on a GPU that is not here: registers, spills, shared memory, tensor-core instructions.
+"""What the Triton kernels need on a GPU: registers, spills, shared memory, tensor-core instructions.
 
-Triton compiles ahead of time for any GPU. The sizes are those of the released super-resolution stages, 60 x 60 tokens
-and 48 heads of 64, with 20 x 20 coarse keys or 16 text keys beside the own ones.
+Triton compiles ahead of time for any GPU, so none is needed here. The sizes are those of the released super-resolution
+stages, 60 x 60 tokens and 48 heads of 64, with 20 x 20 coarse keys or 16 text keys beside those of the same grid.
 
-    python benchmarks/kernel_resources.py                 all tiles that are tried out, float16 and bfloat16, float32
+    python benchmarks/kernel_resources.py                 every tile that is tried, in bfloat16 and float32
     python benchmarks/kernel_resources.py --quick         the first tile of each kernel in bfloat16
-    python benchmarks/kernel_resources.py --json FILE     and writes the numbers ("-": only those, on the screen)
+    python benchmarks/kernel_resources.py --json FILE     also writes the numbers; with "-" it prints only the numbers
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SIZES = {"GRID_Y": 60, "GRID_X": 60, "HEADS": 48, "HEAD": 64, "HEAD_BLOCK": 64}
-# name, kernel, geometry
+# name, kernel, the geometry of its keys
 KERNELS: list[tuple[str, Any, dict[str, Any]]] = [
-    ("forward", launch.forward, {"GEO0": OWN_KEYS, "GEO1": COARSE_KEYS, "GEO2": None}),
-    ("forward", launch.forward, {"GEO0": OWN_KEYS, "GEO1": TEXT_KEYS, "GEO2": None}),
-    ("backward_queries", launch.backward_queries, {"GEO0": OWN_KEYS, "GEO1": COARSE_KEYS, "GEO2": None}),
+    ("forward", launch.forward, {"GEOS": (OWN_KEYS, COARSE_KEYS)}),
+    ("forward", launch.forward, {"GEOS": (OWN_KEYS, TEXT_KEYS)}),
+    ("backward_queries", launch.backward_queries, {"GEOS": (OWN_KEYS, COARSE_KEYS)}),
     ("backward_keys", launch.backward_keys["own"], {"GEO": OWN_KEYS}),
     ("backward_keys", launch.backward_keys["coarse"], {"GEO": COARSE_KEYS}),
     ("backward_keys", launch.backward_keys["row"], {"GEO": TEXT_KEYS}),
@@ -48,9 +48,9 @@ KERNELS: list[tuple[str, Any, dict[str, Any]]] = [
 
 
 def compile_for(target: GPUTarget, kernel: Any, constants: dict[str, Any], dtype: str, config: triton.Config) -> Any:
-    """Machine code of a kernel for pointers that are aligned to 16 bytes, as PyTorch's are."""
-    function = kernel.fn
-    types = {}
+    """Compile a kernel, told that pointers and strides are multiples of 16, as they are at these sizes."""
+    function, n_kinds = kernel.fn, len(constants.get("GEOS", ()))
+    types: dict[str, Any] = {}
     for name in inspect.signature(function.fn).parameters:
         if name in constants:
             types[name] = "constexpr"
@@ -58,14 +58,20 @@ def compile_for(target: GPUTarget, kernel: Any, constants: dict[str, Any], dtype
             types[name] = "*fp32" if re.match("bias|log_sum|delta", name) else f"*{dtype}"
         else:
             types[name] = "fp32" if name == "scale" else "i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] in "*i"}
+        if n_kinds and name in launch.KEY_NAMES:
+            types[name] = (types[name],) * n_kinds  # a tuple, one entry for each kind of keys
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, kind in enumerate(types.values()):
+        if kind[0][0] in "*i":
+            places = [(i, j) for j in range(n_kinds)] if isinstance(kind, tuple) else [(i,)]
+            aligned |= {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(function, types, constants, aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=target, options=options)
 
 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
-    """Registers of a thread, bytes that spill, bytes of shared memory, matrix instructions."""
+    """Registers per thread, spilled bytes, bytes of shared memory, matrix instructions."""
     shared = compiled.metadata.shared
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -98,8 +104,8 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="what the kernels need, compiled ahead of time")
+    """Print a row for every kernel, type, tile and GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -109,7 +115,7 @@ def main() -> None:
         print(f"{'kernel':18}{'keys':>8}{'type':>6}{'target':>8}{'tile':>8}{'step':>6}{'warps':>7}"
               f"{'registers':>11}{'spilled B':>11}{'shared B':>10}{'matrix ops':>12}")  # fmt: skip
     for name, kernel, geometry in KERNELS:
-        last = [keys for keys in geometry.values() if keys][-1]
+        last = geometry.get("GEO") or geometry["GEOS"][-1]
         keys = "own" if last == OWN_KEYS else "coarse" if last == COARSE_KEYS else "text"
         for dtype in ("bf16",) if options.quick else ("bf16", "fp32"):
             for config in kernel.configs[: 1 if options.quick else None]:

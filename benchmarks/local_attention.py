@@ -1,29 +1,30 @@
 """Local attention: the package's forms against the usual ways of computing it, in one run on one device.
 
-All compute the same numbers, which is checked at the start: queries of a fine grid look at 9 x 5 cells of it and at
-5 x 5 cells of a coarser grid (a third of it each way, a quarter at 128), under one softmax, as direct super-resolution
-does.
+All ways compute the same numbers, which is checked first: queries of a fine grid look at 9 x 5 cells of that grid and
+at 5 x 5 cells of a coarser grid (a third of it along each axis, a quarter at 128), under one softmax, as in the direct
+stage.
 
-    unfold      every window copied out with F.unfold, one copy of each key per query that sees it
-    reference   ``minicogview.local_attention``, all scores of all pairs, written out
-    dense       the same with PyTorch's fused attention and a mask, which is made once and not counted
-    flex        PyTorch's FlexAttention, compiled; the compiler's time is not counted, and it has no backward on a CPU
-    xformers    its memory-efficient attention with the dense mask, where it is installed; on a GPU
-    natten      its neighbourhood attention to 9 x 5 own cells alone, where it is installed; on a GPU. Not the same
-                numbers: it has no coarse keys, and at the border it moves windows inwards
-    blocked     ``minicogview.local_attention``, tiles and halo
-    triton      ``minicogview.local_attention``, fused kernels; on a GPU
+    unfold      copies every window with F.unfold, so that each key is copied for every query that sees it
+    reference   ``minicogview.local_attention``: the scores of all pairs, written out
+    dense       PyTorch's fused attention with a mask over all pairs; making the mask is not timed
+    flex        PyTorch's FlexAttention, compiled; compiling is not timed, and there is no backward pass on a CPU
+    xformers    its memory-efficient attention with the dense mask; on a GPU, if it is installed
+    natten      its neighbourhood attention to 9 x 5 cells of the fine grid; on a GPU, if it is installed. Its numbers
+                differ: it has no coarse keys, and it moves windows inwards at the border
+    blocked     ``minicogview.local_attention``: tiles and halos
+    triton      ``minicogview.local_attention``: fused kernels; on a GPU
 
-On a CPU, times are CPU milliseconds of one thread, medians, taken in turn so that a busy machine slows all of them;
-what takes more than ten seconds is run once. On a GPU they are milliseconds between two events. Memory is what the peak
-grew by: the inputs are not counted, the result is. What would need more than ``--gigabytes`` is not run, and the table
-says so. The floor is what the device could do at best: every input read once and every result written once at the speed
-of a large copy, or the products at that of a large matrix product, whichever takes longer, both measured in this run.
+Times on a CPU are median CPU milliseconds of one thread. The ways take turns, so that a busy machine slows all of them;
+a way that takes more than ten seconds is run once. Times on a GPU are milliseconds between two events. Memory is the
+growth of the peak, which includes the result but not the inputs. A way that would need more than ``--gigabytes`` is not
+run, and the table says so. The floor is the device's best possible time: every input is read once and every result
+written once at the speed of a large copy, or all products run at the speed of a large matrix product, whichever takes
+longer; both speeds are measured in this run.
 
     python benchmarks/local_attention.py                    prints the table (about 10 minutes)
-    python benchmarks/local_attention.py --json FILE        and writes it
+    python benchmarks/local_attention.py --json FILE        also writes it
     python benchmarks/local_attention.py --sides 24 60 96 128 192 --device cuda
-    python benchmarks/local_attention.py --draw FILE.json   draws a written table as FILE.png
+    python benchmarks/local_attention.py --draw FILE.json   plots a written table as FILE.png
 """
 
 from __future__ import annotations
@@ -65,14 +66,14 @@ NAMES = {
     "cpu": ["unfold", "reference", "dense", "flex", "blocked"],
     "cuda": ["unfold", "reference", "dense", "flex", "xformers", "natten", "blocked", "triton"],
 }
-OPTIONAL = ("flex", "xformers", "natten")  # others' code: what goes wrong there is told, not raised
+OPTIONAL = ("flex", "xformers", "natten")  # other projects: their errors go into the table instead of ending the run
 
 
 # --- ours -------------------------------------------------------------------------------------------------------
 
 
 def our_way(setting: Setting, impl: str) -> Attend:
-    """``local_attention``, the function that both super-resolution models call."""
+    """``local_attention``, the function that both super-resolution stages call."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, coarse_k: Tensor, coarse_v: Tensor) -> Tensor:
         coarse = Coarse(coarse_k, coarse_v, setting.coarse_grid, COARSE_WINDOW)
@@ -93,11 +94,11 @@ WAYS: dict[str, Callable[[Setting], Attend]] = {
 }
 
 
-# --- all of them ------------------------------------------------------------------------------------------------
+# --- all ways ---------------------------------------------------------------------------------------------------
 
 
 def gigabytes(name: str, setting: Setting) -> float:
-    """Rough need of memory, of those ways whose need grows fast."""
+    """A rough estimate of the memory that a way needs; 0 for the ways whose need grows slowly."""
     queries = setting.side**2
     keys = queries + setting.coarse_grid[0] ** 2
     size = DTYPES[setting.dtype].itemsize
@@ -112,7 +113,7 @@ def gigabytes(name: str, setting: Setting) -> float:
 
 
 def floor_ms(setting: Setting, bytes_per_s: float, flop_per_s: float) -> float:
-    """The least time that the device could need; the way back reads and computes about two and a half times as much."""
+    """The device's best possible time; a backward pass reads and computes about 2.5 times as much as a forward pass."""
     row = setting.heads * setting.head_size
     moved = (4 * setting.side**2 + 2 * setting.coarse_grid[0] ** 2) * row * DTYPES[setting.dtype].itemsize
     computed = 4 * setting.side**2 * KEYS_SEEN * row
@@ -120,7 +121,7 @@ def floor_ms(setting: Setting, bytes_per_s: float, flop_per_s: float) -> float:
 
 
 def speeds(device: str, dtype: str) -> tuple[float, float]:
-    """Bytes a second of a large copy (read and write both count), and FLOP a second of a large matrix product."""
+    """Bytes per second of a large copy (reads and writes count), and FLOP per second of a large matrix product."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
     large = torch.empty(2**28 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
@@ -131,7 +132,7 @@ def speeds(device: str, dtype: str) -> tuple[float, float]:
 
 
 def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call: of the CPU, or between two events on the GPU."""
+    """Seconds that one call takes: CPU time, or the time between two events on the GPU."""
     if device == "cpu":
         start = time.process_time()
         work()
@@ -146,7 +147,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def peak_bytes(device: str, reset: bool = False) -> int | None:
-    """The most memory that was held since the last reset; None where the system does not tell."""
+    """The peak of memory in use since the last reset; None if the system does not report it."""
     if device == "cuda":
         torch.cuda.synchronize()
         if reset:
@@ -156,7 +157,7 @@ def peak_bytes(device: str, reset: bool = False) -> int | None:
     try:
         if reset:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, so that using it again counts
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory, so that using it again counts
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except (OSError, AttributeError):
@@ -165,7 +166,7 @@ def peak_bytes(device: str, reset: bool = False) -> int | None:
 
 
 def make_inputs(setting: Setting) -> tuple[Tensor, Tensor]:
-    """Both projections, as the layers give them: (1, T, 3, N, H) and (1, S, 2, N, H)."""
+    """The projections of both grids, as the layers give them: (1, T, 3, N, H) and (1, S, 2, N, H)."""
     generator, shape = torch.Generator().manual_seed(0), (setting.heads, setting.head_size)
     own = torch.randn(1, setting.side**2, 3, *shape, generator=generator).to(DTYPES[setting.dtype])
     coarse = torch.randn(1, setting.coarse_grid[0] ** 2, 2, *shape, generator=generator).to(DTYPES[setting.dtype])
@@ -174,7 +175,7 @@ def make_inputs(setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def run(attend: Attend, setting: Setting, own: Tensor, coarse: Tensor, direction: Tensor) -> tuple[float, Tensor]:
-    """Seconds of one call, and its result."""
+    """Seconds that one call takes, and its result."""
     own.grad = coarse.grad = None
     results = []
 
@@ -189,12 +190,12 @@ def run(attend: Attend, setting: Setting, own: Tensor, coarse: Tensor, direction
 
 
 def measure(setting: Setting, rounds: int, limit: float, floor: float) -> list[dict]:
-    """One row for every way: milliseconds, extra memory, or why it was not run."""
+    """One row for each way: milliseconds and extra memory, or why it was not run."""
     own, coarse = make_inputs(setting)
     direction = torch.ones(1, setting.side**2, setting.heads, setting.head_size, dtype=own.dtype)
     direction = direction.to(setting.device)
     rows, ways, expected, names = {}, {}, None, NAMES[setting.device]
-    for name in reversed(names):  # first run: checks the result, compiles, fills caches, and measures memory
+    for name in reversed(names):  # the first run checks the result, compiles, fills caches and measures memory
         rows[name] = row = {"name": name, **asdict(setting), "ms": None, "runs": 0, "extra_gb": None, "note": ""}
         row["floor_ms"] = round(floor, 4)
         if name == "flex" and setting.backward and setting.device == "cpu":
@@ -205,7 +206,7 @@ def measure(setting: Setting, rounds: int, limit: float, floor: float) -> list[d
             continue
         try:
             attend = WAYS[name](setting)
-            if name in ("blocked", "flex", "triton"):  # tables and compiled code are made once
+            if name in ("blocked", "flex", "triton"):  # make their tables and compiled code
                 run(attend, setting, own, coarse, direction)
             own.grad = coarse.grad = None
             before = peak_bytes(setting.device, reset=True)
@@ -231,7 +232,7 @@ def measure(setting: Setting, rounds: int, limit: float, floor: float) -> list[d
                 rows[name]["seconds"].append(run(attend, setting, own, coarse, direction)[0])
     for row in rows.values():
         seconds = row.pop("seconds", [])
-        seconds = seconds[1:] or seconds  # the first run warms up, unless it is the only one
+        seconds = seconds[1:] or seconds  # the first run is a warm-up, unless it is the only one
         if seconds:
             row["ms"], row["runs"] = round(statistics.median(seconds) * 1e3, 4), len(seconds)
     for row in rows.values():
@@ -242,7 +243,7 @@ def measure(setting: Setting, rounds: int, limit: float, floor: float) -> list[d
 
 
 def settings(sides: list[int], device: str) -> list[Setting]:
-    """The toy's sizes, then those of the 6B model; on a CPU a quarter of the heads forward and backward."""
+    """The toy's sizes, then those of the 6B model; the backward pass on a CPU has a quarter of the heads."""
     toy = [Setting(24, 6, 48, "f32", backward, device) for backward in (False, True)]
     kinds = [(48, "f32", False), (48, "bf16", False), (12, "f32", True)]
     if device == "cuda":
@@ -251,7 +252,7 @@ def settings(sides: list[int], device: str) -> list[Setting]:
 
 
 def draw(table: Path) -> Path:
-    """Time and memory against the number of tokens, from a written table."""
+    """Plot time and memory against the number of tokens, from a written table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,13 +268,13 @@ def draw(table: Path) -> Path:
             axes[0, column].loglog(sides, [row["ms"] for row in some], marker="o", label=name)
             axes[1, column].loglog(sides, [max(row["extra_gb"] or 0, 1e-3) for row in some], marker="o", label=name)
         axes[0, column].set_title(f"{dtype}, 48 heads of 64, forward", fontsize=10)
-        axes[1, column].set_xlabel("tokens a side")
+        axes[1, column].set_xlabel("tokens per side")
         for axis in axes[:, column]:
             axis.set_xticks(sorted({row["side"] for row in rows}), sorted({row["side"] for row in rows}))
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("milliseconds")
-    axes[1, 0].set_ylabel("extra memory, GB (0.001 and less as 0.001)")
+    axes[1, 0].set_ylabel("extra memory, GB (at least 0.001)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=9)
     path = table.with_suffix(".png")
@@ -286,14 +287,14 @@ def show(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-    """Measure every setting, print its rows as they come, and write them."""
+    """Measure every setting, print each row when it is ready, and write them all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--sides", type=int, nargs="+", default=[24, 60, 96], help="multiples of 3 or 4")
     parser.add_argument("--device", choices=list(NAMES), default="cpu")
-    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="draw a written table instead")
+    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="plot a written table instead")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="the most memory that one way may take")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="the most memory that one way may use")
     args = parser.parse_args()
     if args.draw:
         print(draw(args.draw))

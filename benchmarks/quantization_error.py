@@ -1,11 +1,12 @@
-"""What eight and four bits cost: errors of matrices, of logits and of choices.
+"""The errors of 8-bit and 4-bit weights: in the matrices, in the logits, and in the likeliest code.
 
-Three models whose logits the original computed (tests/golden, small and untrained) are read from its own checkpoint
-files, quantised in groups of 64, and compared with the original's logits; the shipped toy with itself in float32.
-"matrices" is the length of the error of all matrices / their length, and the largest such share of one matrix;
-"logits" the same for logits around their mean; "same" how often the likeliest of all codes is the same.
+Three small, untrained models for which tests/golden has the original's logits are read from the original's checkpoint
+files, quantized in groups of 64 weights, and compared with these logits. The shipped toy is compared with itself in
+float32. "matrices" is the norm of the error of all matrices / the norm of the matrices, and "worst_matrix" the largest
+such ratio of a single matrix. "logits" is the same ratio for logits, after their mean is subtracted. "same" is how
+often the likeliest code stays the same.
 
-    python benchmarks/quantization_error.py [--layers]       --layers: every matrix of the toy
+    python benchmarks/quantization_error.py [--layers]       --layers: also prints every matrix of the toy
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ Logits = Callable[[Any], Tensor]
 
 
 def released(folder: Path, n_codes: int, boi: int) -> tuple[Any, dict[str, Tensor]]:
-    """Sizes of CogLM and all weights of an official checkpoint, by our names."""
+    """CogLM's sizes in an official checkpoint, and all its weights under our names."""
     found = sat.SatFolder(folder)
     config = sat.sat_config(found.sizes, SpecialIds(pad=0, boi=boi, boe=0, boc=0), LayoutConfig(), n_codes)
     return config, {sat.sat_to_ours(name): found.tensor(name) for name in found.shapes}
 
 
 def golden_coglm() -> tuple[nn.Module, Logits, Tensor]:
-    """The first stage; logits of a prompt and a picture."""
+    """CogLM, and its logits of a prompt and a picture."""
     g, said = load_file(GOLDEN / "coglm/forward.safetensors"), json.loads((GOLDEN / "coglm/config.json").read_text())
     config, state = released(GOLDEN / "coglm/coglm", said["vocab"], said["boi"])
     model = CogLM(config).eval()
@@ -60,7 +61,7 @@ def golden_coglm() -> tuple[nn.Module, Logits, Tensor]:
 
 
 def stage(name: str, kind: type[DirectSR] | type[IterativeSR]) -> tuple[Any, dict[str, Any]]:
-    """A super-resolution stage of the golden files, and what is said about its sizes."""
+    """A super-resolution model from the golden files, and the configuration that its file states."""
     said = json.loads((GOLDEN / "sr/config.json").read_text())
     config, state = released(GOLDEN / "sr" / f"cogview2-{name}", said["vocab"], said["boi"])
     slots, kernel = said[f"{name}_layout"], said["kernel_size"]
@@ -72,7 +73,7 @@ def stage(name: str, kind: type[DirectSR] | type[IterativeSR]) -> tuple[Any, dic
 
 
 def golden_direct() -> tuple[nn.Module, Logits, Tensor]:
-    """Direct super-resolution; logits of the rows that the golden file has."""
+    """The direct stage, and its logits of the rows that the golden file has."""
     g = load_file(GOLDEN / "sr/dsr_forward.safetensors")
     model, _ = stage("dsr", DirectSR)
 
@@ -83,8 +84,8 @@ def golden_direct() -> tuple[nn.Module, Logits, Tensor]:
     return model, logits, g["logits_rows"]
 
 
-def golden_lopar() -> tuple[nn.Module, Logits, Tensor]:
-    """LoPAR's first round; what our own float32 model gives, which the parity tests hold to the original's."""
+def golden_iterative() -> tuple[nn.Module, Logits, Tensor]:
+    """The iterative stage, and our float32 logits of its first round; the parity tests compare it with the original."""
     g = load_file(GOLDEN / "sr/lopar.safetensors")
     model, _ = stage("itersr", IterativeSR)
 
@@ -95,7 +96,7 @@ def golden_lopar() -> tuple[nn.Module, Logits, Tensor]:
 
 
 def toy_coglm() -> tuple[nn.Module, Logits, Tensor]:
-    """The shipped toy's first stage; logits of a picture that it drew, and of its text."""
+    """The shipped toy's CogLM, and its logits of a picture that it drew itself."""
     pipeline = CogView2.from_pretrained("toy")
     coglm, ids = pipeline.coglm, pipeline.encode("a red apple")
     picture = pipeline.generate("a red apple", n=1, stages=1)
@@ -110,14 +111,14 @@ def toy_coglm() -> tuple[nn.Module, Logits, Tensor]:
     return coglm, logits, logits(coglm)
 
 
-MODELS = {"coglm": golden_coglm, "direct": golden_direct, "lopar": golden_lopar, "toy": toy_coglm}
+MODELS = {"coglm": golden_coglm, "direct": golden_direct, "iterative": golden_iterative, "toy": toy_coglm}
 
 
 @torch.no_grad()
 def errors(name: str, bits: Bits, on_layer: Callable[[str, float], None] | None = None) -> dict[str, float]:
-    """Errors of one model in so many bits."""
+    """Errors of one model whose weights have this many bits; ``on_layer`` gets the error of each matrix."""
     model, logits, expected = MODELS[name]()
-    few, squares, worst = copy.deepcopy(model), [0.0, 0.0], 0.0
+    quantized, squares, worst = copy.deepcopy(model), [0.0, 0.0], 0.0
 
     def each(layer: str, weight: Tensor, q: Quantized) -> None:
         nonlocal worst
@@ -128,27 +129,27 @@ def errors(name: str, bits: Bits, on_layer: Callable[[str, float], None] | None 
         if on_layer:
             on_layer(layer, error)
 
-    quantize_layers(few, bits, each)
-    found, expected = logits(few).float(), expected.float()
+    quantize_layers(quantized, bits, each)
+    found, expected = logits(quantized).float(), expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     return {
         "matrices": math.sqrt(squares[0] / squares[1]),
         "worst_matrix": worst,
         "logits": float((found - expected).norm() / spread),
         "same": float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
-        "unquantised": float((logits(model) - expected).norm() / spread),
+        "unquantized": float((logits(model) - expected).norm() / spread),
     }
 
 
 def show(layer: str, error: float) -> None:
-    """A line for one matrix."""
+    """Print the error of one matrix."""
     print(f"    {layer:48} {error:.4f}")
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="what eight and four bits cost")
-    parser.add_argument("--layers", action="store_true", help="print every matrix of the toy too")
+    parser = argparse.ArgumentParser(description="the errors of 8-bit and 4-bit weights")
+    parser.add_argument("--layers", action="store_true", help="also print every matrix of the toy")
     options = parser.parse_args()
     for name in MODELS:
         for bits in (8, 4):

@@ -1,13 +1,13 @@
-"""Few rows times the matrices of one layer of the 6B model, in bfloat16, eight and four bits: as drawing a token does.
+"""A few rows times the matrices of one layer of the 6B model, in bfloat16, 8 and 4 bits: the work of one new token.
 
-A layer has four matrices: 3072 x 9216, 3072 x 3072, 3072 x 12288 and 12288 x 3072. Every way is timed on several
-copies of them in turn, so that no cache holds what comes next. On a CPU the quantised ways are what ``quantize_layers``
-makes there, PyTorch's product with four-bit matrices; on a GPU they are the Triton kernel, and all ways are replayed as
-a CUDA graph: the pauses between such short kernels are Python's. "GB/s" is what is kept of a layer / time; the memory's
-own speed, at the top, is that of a large sum in the same run.
+A layer has four matrices: 3072 x 9216, 3072 x 3072, 3072 x 12288 and 12288 x 3072. Each way is timed on several copies
+of them in turn, so that no cache holds the next matrix. On a CPU the quantized ways are PyTorch's product with 4-bit
+matrices, which ``quantize_layers`` chooses there. On a GPU they are the Triton kernel, and every way is replayed as a
+CUDA graph, because Python would leave pauses between kernels as short as these. "GB/s" is a layer's stored bytes
+divided by the time; the first line gives the memory's own speed, measured on a large sum in the same run.
 
     python benchmarks/quantized_product.py                              prints the table
-    python benchmarks/quantized_product.py --threads 1 --json FILE      and writes it
+    python benchmarks/quantized_product.py --threads 1 --json FILE      also writes it
     python benchmarks/quantized_product.py --device cuda
 """
 
@@ -35,9 +35,9 @@ ROWS = (1, 4, 8, 16)
 
 
 def seconds_of(work: Callable[[], Any], device: str, rounds: int) -> float:
-    """Least seconds of several rounds; on a GPU of replays of a graph."""
+    """The least seconds of several calls; on a GPU, of several replays of a CUDA graph."""
     for _ in range(2):
-        work()  # kernels are compiled, threads started
+        work()  # compile kernels, start threads
     if device == "cpu":
         return min(one_round(work) for _ in range(rounds))
     graph = torch.cuda.CUDAGraph()
@@ -53,20 +53,20 @@ def seconds_of(work: Callable[[], Any], device: str, rounds: int) -> float:
 
 
 def one_round(work: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Seconds that one call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def reading_speed(device: str) -> float:
-    """Bytes that a large sum reads in a second."""
+    """Bytes per second that a large sum reads."""
     large = torch.ones(2**30 if device == "cpu" else 2**32, dtype=torch.uint8, device=device).view(torch.int64)
     return large.nbytes / seconds_of(large.sum, device, 5)
 
 
 def layers(way: str, device: str, copies: int) -> list[nn.ModuleList]:
-    """Copies of a layer's matrices, random ones, with their biases."""
+    """Several copies of a layer's linear maps, with random weights."""
     torch.manual_seed(0)
     one = nn.ModuleList(nn.Linear(*shape, dtype=torch.bfloat16, device=device) for shape in MATRICES)
     if way != "bf16":
@@ -76,7 +76,7 @@ def layers(way: str, device: str, copies: int) -> list[nn.ModuleList]:
 
 @torch.inference_mode()
 def measure(way: str, device: str, copies: int, rounds: int) -> list[dict[str, Any]]:
-    """A line of the table for every number of rows."""
+    """One row of the table for each number of input rows."""
     models, table = layers(way, device, copies), []
     kept = sum(tensor.nbytes for tensor in models[0].state_dict().values())
     for n_rows in ROWS:
@@ -95,7 +95,7 @@ def measure(way: str, device: str, copies: int, rounds: int) -> list[dict[str, A
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure every way, print its rows, and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,16 +1,17 @@
-"""What super-resolution saves: fine tokens one after another, against one direct pass and six LoPAR rounds.
+"""What super-resolution saves: one direct pass and six LoPAR rounds, against drawing fine tokens one after another.
 
-Both sides have the same layers, width and vocabulary, random float32 weights, the same text, and end with sampled fine
-tokens. The sequential side is ``CogLM.generate`` on the fine grid: a KV cache that is allocated once, never a
-recomputation, and the packed products that this package draws with on a CPU. It is the plain alternative to the
-paper's hierarchy (CogView2, arXiv 2204.14217, section 3.3, speaks of 10 times fewer model runs than its predecessor).
+Both sides have the same layers, width and vocabulary, random float32 weights and the same text, and both end with
+sampled fine tokens. The sequential side is ``CogLM.generate`` on the fine grid, with a KV cache that is allocated once
+and the packed products that this package uses on a CPU. It is the simple alternative to the paper's hierarchy
+(CogView2, arXiv 2204.14217, section 3.3, speaks of 10 times fewer model runs than its predecessor).
 
-The second table is the cost of one LoPAR pass beside one direct pass, the third the memory that attention on the fine
-grid takes beside its inputs: the process's largest size less that before the call, as Linux counts it.
+The first table also compares one LoPAR pass with one direct pass. The second table is the memory that attention on the
+fine grid needs in addition to its inputs: the peak size of the process minus its size before the call, as Linux
+reports them.
 
     python benchmarks/super_resolution.py                 toy size, and 20 x 20 -> 60 x 60 at widths 256 and 768
-    python benchmarks/super_resolution.py --json FILE     and writes the numbers
-    python benchmarks/super_resolution.py --sizes toy     only some of them
+    python benchmarks/super_resolution.py --json FILE     also writes the numbers to a file
+    python benchmarks/super_resolution.py --sizes toy     measures only this size
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SuperR
 from minicogview.local_attention import Impl, local_attention
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.sampling import Sampler
+from minicogview.scale.decoding import fast_steps
 from minicogview.super_resolution import DirectSR
 
 SIZES = {"toy": (8, 256, 5, 4), "60 x 60, width 256": (20, 256, 6, 4), "60 x 60, width 768": (20, 768, 12, 12)}
@@ -39,7 +41,7 @@ PLAIN = SamplingConfig(temperature=1.0, top_k=16, n_clusters=0)
 
 
 def coglm_config(grid: int, width: int, n_layers: int, n_heads: int) -> CogLMConfig:
-    """The toy's vocabulary and texts with another grid and other layers."""
+    """A configuration with the toy's vocabulary and text positions, but another grid and other layers."""
     toy = get_preset("toy")
     layout = LayoutConfig(max_text=toy.layout.max_text, grid=grid)
     sizes = replace(
@@ -53,7 +55,7 @@ def coglm_config(grid: int, width: int, n_layers: int, n_heads: int) -> CogLMCon
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Least wall-clock time of some calls: what the machine's other work did not slow."""
+    """The shortest wall-clock time of some calls, which other work on the machine slowed down least."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -64,7 +66,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 @torch.no_grad()
 def compare(grid: int, width: int, n_layers: int, n_heads: int) -> dict[str, float]:
-    """Seconds of both ways for one picture, and of single passes."""
+    """Seconds of both sides for one picture, and of single passes."""
     torch.manual_seed(0)
     config = coglm_config(grid, width, n_layers, n_heads)
     whole = SuperResolutionConfig(config, n_text=16)
@@ -74,17 +76,16 @@ def compare(grid: int, width: int, n_layers: int, n_heads: int) -> dict[str, flo
     coarse = torch.randint(config.n_codes, (1, grid * grid))
     fine = torch.randint(config.n_codes, (1, side * side))
 
-    def draft() -> torch.Tensor:
-        return direct.upsample(text, coarse, Sampler([0], PLAIN, None, side * side))
-
     def upsample() -> None:
-        iterative.resample(text, draft(), [Sampler([0], PLAIN, None, side * side) for _ in OFFICIAL.top_k])
+        codes = direct.upsample(text, coarse, Sampler([0], PLAIN, None, side * side))
+        iterative.resample(text, codes, [Sampler([0], PLAIN, None, side * side) for _ in OFFICIAL.top_k])
 
     repeats = 5 if side < 30 else 2
-    upsample()  # the first call makes tables
+    upsample()  # the first call is slower: it computes tables
     ours, direct_pass = seconds(upsample, repeats), seconds(lambda: direct(text, coarse), repeats)
     lopar_pass = seconds(lambda: iterative(text, fine), repeats)
     one_by_one = CogLM(coglm_config(side, width, n_layers, n_heads)).eval()
+    one_by_one.decoding = fast_steps
     sequential = seconds(lambda: one_by_one.generate(text, Sampler([0], PLAIN, None, side * side)), 1 + (side < 30))
     return {
         "sequential_s": sequential,
@@ -97,23 +98,23 @@ def compare(grid: int, width: int, n_layers: int, n_heads: int) -> dict[str, flo
 
 
 def kernel_count(name: str) -> int:
-    """Kilobytes that Linux counts for this process: "VmRSS" now, "VmHWM" at most since the last reset."""
+    """Kilobytes of this process according to Linux: "VmRSS" is the current size, "VmHWM" the peak since a reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def peak_megabytes(side: int, impl: Impl) -> float:
-    """What attention on ``side`` x ``side`` fine tokens, 4 heads of 64, takes beside its inputs at its largest."""
+    """Peak memory of attention on ``side`` x ``side`` fine tokens, 4 heads of size 64, in addition to its inputs."""
     q, k, v = (torch.randn(1, side * side, 4, 64) for _ in range(3))
-    local_attention(q[:, :36], k[:, :36], v[:, :36], (6, 6), impl=impl)  # libraries are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far
+    local_attention(q[:, :36], k[:, :36], v[:, :36], (6, 6), impl=impl)  # so that libraries are loaded already
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = kernel_count("VmRSS")
     local_attention(q, k, v, (side, side), impl=impl)
     return (kernel_count("VmHWM") - before) / 1024
 
 
 def memory(sides: Sequence[int] = (24, 48, 96)) -> list[dict[str, float]]:
-    """Peak megabytes of tiles and of dense attention at some sizes, each in a process of its own."""
+    """Peak megabytes of tiled and of dense attention at some sizes, each measured in its own process."""
     rows = []
     for side in sides:
         row: dict[str, float] = {"side": side}

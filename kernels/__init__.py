@@ -1,1 +1,1 @@
-"""Triton kernels. Importing this package does not import Triton; importing one of its modules does."""
+"""Triton kernels. Only ``available`` can be imported without Triton; the other modules import it."""

@@ -1,22 +1,22 @@
 """Local attention as fused Triton kernels, forward and backward: no score ever reaches the GPU's memory.
 
-The idea: one program has a tile of queries. It walks over the keys that any of them can see (the tile's "halo"), a
-block at a time, and keeps a running softmax ("online softmax": Milakov & Gimelshein, arXiv 1805.02867; FlashAttention,
-arXiv 2205.14135). What it leaves behind for the way back is one number a query, the logarithm of its sum of
-exponentials. The way back computes the scores again, twice: by tiles of queries for dq, by tiles of keys for dk and dv.
-So every number is summed up by one program alone and in one order: no atomics, and results repeat to the bit.
+The idea: one program computes one tile of queries. It walks over the keys that any of them can see (the tile's "halo"),
+a block at a time, and keeps a running softmax ("online softmax": Milakov & Gimelshein, arXiv 1805.02867;
+FlashAttention, arXiv 2205.14135). For the backward pass it stores a single number per query, the logarithm of its sum
+of exponentials. The backward pass computes the scores again, twice: by tiles of queries for dq, and by tiles of keys
+for dk and dv. So every sum is formed by one program, in one order: there are no atomics, and results repeat to the bit.
 
-Keys of all kinds are alike here. The own grid is a coarse grid at ratio 1, and a text is a grid of one row that all
-queries have their centre at the beginning of, with a window as long as the row.
+All kinds of keys are treated alike. The query's own grid is a coarse grid at ratio 1. A text is a grid of a single row:
+every query is centred on its first key, and its window is as long as the row.
 
-Mirrors: the CUDA operator ``localAttention`` that the official code installs separately; that one writes the scores
-out, and knows one kind of keys at a time.
+Mirrors: the CUDA operator ``localAttention`` that the official code installs separately; that operator writes the
+scores to memory, and handles one kind of keys at a time.
 
-Shapes: ``B`` batch, ``T`` query tokens, ``N`` heads, ``H`` head size; in a kernel ``Q`` queries and ``K`` keys of a
-block. Tokens come before heads, as projections give them, and nothing is permuted.
+Shapes: ``B`` batch, ``T`` query tokens, ``N`` heads, ``H`` head size; in a kernel, ``Q`` queries and ``K`` keys of a
+block. Tokens come before heads, as the projections give them, and nothing is permuted.
 
-``minicogview.local_attention`` is the way in and checks what is handed over. Without a GPU the kernels run in Triton's
-interpreter, slowly: set TRITON_INTERPRET=1 before Triton is first imported.
+``minicogview.local_attention`` is the function to call: it checks the arguments. Without a GPU the kernels run, slowly,
+in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is first imported.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # kernels count in powers of two: exp2 is one instruction
+LOG2E = tl.constexpr(1.4426950408889634)  # e ** x = 2 ** (x * LOG2E): on a GPU, exp2 is one instruction
 
-# The geometry of one kind of keys is a tuple of constants; these are its places.
+# The geometry of one kind of keys is a tuple of constants. These are the positions in it.
 HEIGHT, WIDTH = tl.constexpr(0), tl.constexpr(1)  # of the keys' grid
-RATIO_Y, RATIO_X = tl.constexpr(2), tl.constexpr(3)  # query cells for each key cell
-UP, LEFT, DOWN, RIGHT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)  # reach of the window
-CAUSAL, BIAS, GROUP = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # GROUP: rows of q that share a row of keys
+RATIO_Y, RATIO_X = tl.constexpr(2), tl.constexpr(3)  # query cells per key cell
+UP, LEFT, DOWN, RIGHT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)  # the window's reach
+CAUSAL, BIAS, GROUP = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # GROUP: batch rows that share keys
 
 
-# --- geometry: which tokens, and who sees whom
+# --- geometry: which tokens a program computes, and which keys a query sees
 
 
 @triton.jit
 def place_of(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
-    """Tile, row of the batch and head of this program; those of one head follow one another, and share a cache."""
+    """Tile, batch row and head of this program. The tiles of one head run one after another, and share the cache."""
     tiles: tl.constexpr = ((ROWS + TILE_Y - 1) // TILE_Y) * ((COLUMNS + TILE_X - 1) // TILE_X)
     program = tl.program_id(0)
-    row = (program // tiles // HEADS).to(tl.int64)  # large batches have more than 2 ** 31 numbers
+    row = (program // tiles // HEADS).to(tl.int64)  # a large batch has more than 2 ** 31 numbers
     return program % tiles, row, program // tiles % HEADS
 
 
 @triton.jit
 def tile_cells(tile, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
-    """Corner of a tile in a grid of this width, and rows and columns of its cells, (TILE_Y * TILE_X,) each."""
+    """Corner of a tile in a grid of this width, then rows and columns of its cells, (TILE_Y * TILE_X,) each."""
     across = tl.cdiv(width, TILE_X)
     y0, x0 = tile // across * TILE_Y, tile % across * TILE_X
     i = tl.arange(0, TILE_Y * TILE_X)
@@ -58,7 +58,7 @@ def tile_cells(tile, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
 
 @triton.jit
 def sees(y, x, key_y, key_x, GEO: tl.constexpr):
-    """Whether queries at (y, x) may look at keys at (key_y, key_x); shapes are broadcast."""
+    """Whether queries at (y, x) see keys at (key_y, key_x); shapes are broadcast."""
     dy, dx = key_y - y // GEO[RATIO_Y], key_x - x // GEO[RATIO_X]
     seen = (dy >= -GEO[UP]) & (dy <= GEO[DOWN]) & (dx >= -GEO[LEFT]) & (dx <= GEO[RIGHT])
     if GEO[CAUSAL]:
@@ -66,15 +66,21 @@ def sees(y, x, key_y, key_x, GEO: tl.constexpr):
     return seen
 
 
+@triton.constexpr_function
+def halo(tile: int, ratio: int, reach: int, size: int) -> int:
+    """How many key cells the windows of a tile of queries cover along one axis; at most the grid's ``size``."""
+    return min((tile + ratio - 2) // ratio + reach + 1, size)
+
+
 @triton.jit
 def rows_of(pointer, tokens, stride, HEAD_BLOCK: tl.constexpr):
-    """Addresses (tokens, HEAD_BLOCK) of one head's rows."""
+    """Addresses (tokens, HEAD_BLOCK) of the tokens' numbers in one head."""
     return pointer + tokens[:, None] * stride + tl.arange(0, HEAD_BLOCK)[None, :]
 
 
 @triton.jit
 def inside(real, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr):
-    """Which numbers (tokens, HEAD_BLOCK) of rows there are: head sizes are filled up to a power of two."""
+    """Which of those numbers exist, (tokens, HEAD_BLOCK): head sizes are padded to a power of two."""
     return real[:, None] & (tl.arange(0, HEAD_BLOCK) < HEAD)[None, :]
 
 
@@ -82,29 +88,45 @@ def inside(real, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_keys(
-    q, y, x, y0, x0, peak, total, result, k_at, v_at, bias_at, k_stride, v_stride, scale,
+def block_of_keys(
+    start, q, y, x, y0, x0, k_at, v_at, bias_at, k_stride, v_stride, scale,
     GEO: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take one kind of keys into a tile's running softmax, ``KEYS`` at a time."""
-    halo_y: tl.constexpr = min((TILE_Y + GEO[RATIO_Y] - 2) // GEO[RATIO_Y] + GEO[UP] + GEO[DOWN] + 1, GEO[HEIGHT])
-    halo_x: tl.constexpr = min((TILE_X + GEO[RATIO_X] - 2) // GEO[RATIO_X] + GEO[LEFT] + GEO[RIGHT] + 1, GEO[WIDTH])
-    first_y = tl.minimum(tl.maximum(y0 // GEO[RATIO_Y] - GEO[UP], 0), GEO[HEIGHT] - halo_y)  # moved inwards at borders
+    """The halo's keys and values (K, H) from ``start`` on, and scores (Q, K): -inf for keys that a query cannot see."""
+    halo_y: tl.constexpr = halo(TILE_Y, GEO[RATIO_Y], GEO[UP] + GEO[DOWN], GEO[HEIGHT])
+    halo_x: tl.constexpr = halo(TILE_X, GEO[RATIO_X], GEO[LEFT] + GEO[RIGHT], GEO[WIDTH])
+    first_y = tl.minimum(tl.maximum(y0 // GEO[RATIO_Y] - GEO[UP], 0), GEO[HEIGHT] - halo_y)  # moved in at a border
     first_x = tl.minimum(tl.maximum(x0 // GEO[RATIO_X] - GEO[LEFT], 0), GEO[WIDTH] - halo_x)
+    j = start + tl.arange(0, KEYS)
+    key_y, key_x, real = first_y + j // halo_x, first_x + j % halo_x, j < halo_y * halo_x
+    tokens = key_y * GEO[WIDTH] + key_x
+    there = inside(real, HEAD, HEAD_BLOCK)
+    k = tl.load(rows_of(k_at, tokens, k_stride, HEAD_BLOCK), mask=there, other=0.0)
+    v = tl.load(rows_of(v_at, tokens, v_stride, HEAD_BLOCK), mask=there, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    if GEO[BIAS]:
+        scores += tl.load(bias_at + tokens, mask=real, other=0.0)[None, :] * LOG2E
+    seen = sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], GEO) & real[None, :]
+    return k, v, tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def add_keys(
+    q, y, x, y0, x0, peak, total, result, k_at, v_at, bias_at, k_stride, v_stride, scale,
+    GEOS: tl.constexpr, KIND: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one kind of keys to the running softmax of a tile, ``KEYS`` at a time."""
+    GEO: tl.constexpr = GEOS[KIND]  # looked up here: the caller's unrolled loop cannot assign a constant twice
+    halo_y: tl.constexpr = halo(TILE_Y, GEO[RATIO_Y], GEO[UP] + GEO[DOWN], GEO[HEIGHT])
+    halo_x: tl.constexpr = halo(TILE_X, GEO[RATIO_X], GEO[LEFT] + GEO[RIGHT], GEO[WIDTH])
     for start in range(0, halo_y * halo_x, KEYS):
-        j = start + tl.arange(0, KEYS)
-        key_y, key_x, real = first_y + j // halo_x, first_x + j % halo_x, j < halo_y * halo_x
-        tokens = key_y * GEO[WIDTH] + key_x
-        there = inside(real, HEAD, HEAD_BLOCK)
-        k = tl.load(rows_of(k_at, tokens, k_stride, HEAD_BLOCK), mask=there, other=0.0)
-        v = tl.load(rows_of(v_at, tokens, v_stride, HEAD_BLOCK), mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # (Q, K)
-        if GEO[BIAS]:
-            scores += tl.load(bias_at + tokens, mask=real, other=0.0)[None, :] * LOG2E
-        seen = sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], GEO) & real[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        # All that was summed so far is scaled to the new peak. A query that has seen no key yet has none: -inf.
+        _, v, scores = block_of_keys(
+            start, q, y, x, y0, x0, k_at, v_at, bias_at, k_stride, v_stride, scale,
+            GEO, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
+        )  # fmt: skip
+        # Update the peak, and rescale the sums so far to it. A query that has seen no key yet has a peak of -inf.
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights, shrink = tl.exp2(scores - finite[:, None]), tl.exp2(peak - finite)
@@ -117,17 +139,15 @@ def add_keys(
 @triton.jit
 def forward(
     q_at, out_at, log_sum_at, q_row, q_stride, scale,
-    k0_at, v0_at, bias0_at, k0_row, k0_stride, v0_row, v0_stride,
-    k1_at, v1_at, bias1_at, k1_row, k1_stride, v1_row, v1_stride,
-    k2_at, v2_at, bias2_at, k2_row, k2_stride, v2_row, v2_stride,
+    k_at, v_at, bias_at, k_row, k_stride, v_row, v_stride,  # tuples, an entry for each kind of keys
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    GEO0: tl.constexpr, GEO1: tl.constexpr, GEO2: tl.constexpr, PRECISION: tl.constexpr,
+    GEOS: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile of queries in one head of one picture; up to three kinds of keys, None where there is none.
+    """Attention of one tile of queries, in one head of one picture, to all kinds of keys.
 
-    Writes ``out`` (B, T, N, H) and ``log_sum`` (B, N, T): log2 of each query's sum of exponentials, +inf for a query
-    that sees nothing, so that the way back finds weights of 0 for it.
+    Writes ``out`` (B, T, N, H) and ``log_sum`` (B, N, T): log2 of each query's sum of exponentials. It is +inf for a
+    query that sees nothing, which makes its weights 0 in the backward pass.
     """
     tile, row, head = place_of(GRID_Y, GRID_X, TILE_Y, TILE_X, HEADS)
     n_tokens: tl.constexpr = GRID_Y * GRID_X
@@ -138,26 +158,12 @@ def forward(
     peak = tl.full([TILE_Y * TILE_X], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
     result = tl.zeros([TILE_Y * TILE_X, HEAD_BLOCK], tl.float32)
-    if GEO0 is not None:
-        group = row // GEO0[GROUP]
+    for i in tl.static_range(len(GEOS)):
+        group = row // GEOS[i][GROUP]
         peak, total, result = add_keys(
-            q, y, x, y0, x0, peak, total, result, k0_at + group * k0_row + head * HEAD,
-            v0_at + group * v0_row + head * HEAD, bias0_at + group * GEO0[HEIGHT] * GEO0[WIDTH], k0_stride, v0_stride,
-            scale, GEO0, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO1 is not None:
-        group = row // GEO1[GROUP]
-        peak, total, result = add_keys(
-            q, y, x, y0, x0, peak, total, result, k1_at + group * k1_row + head * HEAD,
-            v1_at + group * v1_row + head * HEAD, bias1_at + group * GEO1[HEIGHT] * GEO1[WIDTH], k1_stride, v1_stride,
-            scale, GEO1, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO2 is not None:
-        group = row // GEO2[GROUP]
-        peak, total, result = add_keys(
-            q, y, x, y0, x0, peak, total, result, k2_at + group * k2_row + head * HEAD,
-            v2_at + group * v2_row + head * HEAD, bias2_at + group * GEO2[HEIGHT] * GEO2[WIDTH], k2_stride, v2_stride,
-            scale, GEO2, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
+            q, y, x, y0, x0, peak, total, result, k_at[i] + group * k_row[i] + head * HEAD,
+            v_at[i] + group * v_row[i] + head * HEAD, bias_at[i] + group * GEOS[i][HEIGHT] * GEOS[i][WIDTH],
+            k_stride[i], v_stride[i], scale, GEOS, i, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
         )  # fmt: skip
     some = tl.where(total == 0, 1.0, total)
     out = result / some[:, None]
@@ -173,26 +179,19 @@ def forward(
 @triton.jit
 def add_query_gradient(
     q, d_out, log_sum, delta, y, x, y0, x0, d_q, k_at, v_at, bias_at, k_stride, v_stride, scale,
-    GEO: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
+    GEOS: tl.constexpr, KIND: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one kind of keys adds to dq of a tile; the walk is that of ``add_keys``."""
-    halo_y: tl.constexpr = min((TILE_Y + GEO[RATIO_Y] - 2) // GEO[RATIO_Y] + GEO[UP] + GEO[DOWN] + 1, GEO[HEIGHT])
-    halo_x: tl.constexpr = min((TILE_X + GEO[RATIO_X] - 2) // GEO[RATIO_X] + GEO[LEFT] + GEO[RIGHT] + 1, GEO[WIDTH])
-    first_y = tl.minimum(tl.maximum(y0 // GEO[RATIO_Y] - GEO[UP], 0), GEO[HEIGHT] - halo_y)
-    first_x = tl.minimum(tl.maximum(x0 // GEO[RATIO_X] - GEO[LEFT], 0), GEO[WIDTH] - halo_x)
+    """Add what one kind of keys contributes to dq of a tile, in the same loop as ``add_keys``."""
+    GEO: tl.constexpr = GEOS[KIND]
+    halo_y: tl.constexpr = halo(TILE_Y, GEO[RATIO_Y], GEO[UP] + GEO[DOWN], GEO[HEIGHT])
+    halo_x: tl.constexpr = halo(TILE_X, GEO[RATIO_X], GEO[LEFT] + GEO[RIGHT], GEO[WIDTH])
     for start in range(0, halo_y * halo_x, KEYS):
-        j = start + tl.arange(0, KEYS)
-        key_y, key_x, real = first_y + j // halo_x, first_x + j % halo_x, j < halo_y * halo_x
-        tokens = key_y * GEO[WIDTH] + key_x
-        there = inside(real, HEAD, HEAD_BLOCK)
-        k = tl.load(rows_of(k_at, tokens, k_stride, HEAD_BLOCK), mask=there, other=0.0)
-        v = tl.load(rows_of(v_at, tokens, v_stride, HEAD_BLOCK), mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # (Q, K)
-        if GEO[BIAS]:
-            scores += tl.load(bias_at + tokens, mask=real, other=0.0)[None, :] * LOG2E
-        seen = sees(y[:, None], x[:, None], key_y[None, :], key_x[None, :], GEO) & real[None, :]
-        weights = tl.where(seen, tl.exp2(scores - log_sum[:, None]), 0.0)
+        k, v, scores = block_of_keys(
+            start, q, y, x, y0, x0, k_at, v_at, bias_at, k_stride, v_stride, scale,
+            GEO, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
+        )  # fmt: skip
+        weights = tl.exp2(scores - log_sum[:, None])
         d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
     return d_q
@@ -201,16 +200,15 @@ def add_query_gradient(
 @triton.jit
 def backward_queries(
     q_at, out_at, log_sum_at, d_out_at, d_q_at, delta_at, q_row, q_stride, scale,
-    k0_at, v0_at, bias0_at, k0_row, k0_stride, v0_row, v0_stride,
-    k1_at, v1_at, bias1_at, k1_row, k1_stride, v1_row, v1_stride,
-    k2_at, v2_at, bias2_at, k2_row, k2_stride, v2_row, v2_stride,
+    k_at, v_at, bias_at, k_row, k_stride, v_row, v_stride,  # tuples, an entry for each kind of keys
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    GEO0: tl.constexpr, GEO1: tl.constexpr, GEO2: tl.constexpr, PRECISION: tl.constexpr,
+    GEOS: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, T, N, H) of one tile, and ``delta`` (B, N, T) for ``backward_keys``: the sum of ``out * d_out``.
+    """dq (B, T, N, H) of one tile, and for ``backward_keys`` ``delta`` (B, N, T), the sum of ``out * d_out``.
 
-    With weights p = softmax(s), out = p v: ds = p * (d_out v' - delta), since softmax takes the mean of d_out v' off.
+    With weights p = softmax(s) and out = p v, ds = p * (d_out v' - delta): delta is the mean of d_out v' under p, which
+    the gradient of softmax subtracts.
     """
     tile, row, head = place_of(GRID_Y, GRID_X, TILE_Y, TILE_X, HEADS)
     n_tokens: tl.constexpr = GRID_Y * GRID_X
@@ -225,26 +223,12 @@ def backward_queries(
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_at + per_query, delta, mask=real)
     d_q = tl.zeros([TILE_Y * TILE_X, HEAD_BLOCK], tl.float32)
-    if GEO0 is not None:
-        group = row // GEO0[GROUP]
+    for i in tl.static_range(len(GEOS)):
+        group = row // GEOS[i][GROUP]
         d_q = add_query_gradient(
-            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k0_at + group * k0_row + head * HEAD,
-            v0_at + group * v0_row + head * HEAD, bias0_at + group * GEO0[HEIGHT] * GEO0[WIDTH], k0_stride, v0_stride,
-            scale, GEO0, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO1 is not None:
-        group = row // GEO1[GROUP]
-        d_q = add_query_gradient(
-            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k1_at + group * k1_row + head * HEAD,
-            v1_at + group * v1_row + head * HEAD, bias1_at + group * GEO1[HEIGHT] * GEO1[WIDTH], k1_stride, v1_stride,
-            scale, GEO1, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
-        )  # fmt: skip
-    if GEO2 is not None:
-        group = row // GEO2[GROUP]
-        d_q = add_query_gradient(
-            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k2_at + group * k2_row + head * HEAD,
-            v2_at + group * v2_row + head * HEAD, bias2_at + group * GEO2[HEIGHT] * GEO2[WIDTH], k2_stride, v2_stride,
-            scale, GEO2, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
+            q, d_out, log_sum, delta, y, x, y0, x0, d_q, k_at[i] + group * k_row[i] + head * HEAD,
+            v_at[i] + group * v_row[i] + head * HEAD, bias_at[i] + group * GEOS[i][HEIGHT] * GEOS[i][WIDTH],
+            k_stride[i], v_stride[i], scale, GEOS, i, TILE_Y, TILE_X, KEYS, HEAD, HEAD_BLOCK, PRECISION,
         )  # fmt: skip
     d_q = (d_q * scale).to(d_q_at.dtype.element_ty)
     tl.store(rows_of(d_q_at + start, tokens, HEADS * HEAD, HEAD_BLOCK), d_q, mask=there)
@@ -257,7 +241,7 @@ def backward_keys(
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     GEO: tl.constexpr, PRECISION: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (b, n, N, H) of one tile of keys of one kind: a walk over the queries that see any of them."""
+    """dk and dv (b, n, N, H) of one tile of keys of one kind, in a loop over the queries that see any of them."""
     tile, group, head = place_of(GEO[HEIGHT], GEO[WIDTH], TILE_Y, TILE_X, HEADS)
     n_tokens: tl.constexpr = GRID_Y * GRID_X
     n_keys: tl.constexpr = GEO[HEIGHT] * GEO[WIDTH]
@@ -269,16 +253,16 @@ def backward_keys(
     v = tl.load(rows_of(v_from, keys, v_stride, HEAD_BLOCK), mask=key_there, other=0.0)
     if GEO[BIAS]:
         bias = tl.load(bias_at + group * n_keys + keys, mask=real_key, other=0.0)[:, None] * LOG2E
-    # The queries whose centres lie in the mirrored window: centres first, then the cells of each.
-    centres_y: tl.constexpr = min(TILE_Y + GEO[UP] + GEO[DOWN], GRID_Y // GEO[RATIO_Y])
-    centres_x: tl.constexpr = min(TILE_X + GEO[LEFT] + GEO[RIGHT], GRID_X // GEO[RATIO_X])
+    # A key is seen by the queries whose centres lie in the mirrored window. Find the centres, then their query cells.
+    centres_y: tl.constexpr = halo(TILE_Y, 1, GEO[UP] + GEO[DOWN], GRID_Y // GEO[RATIO_Y])
+    centres_x: tl.constexpr = halo(TILE_X, 1, GEO[LEFT] + GEO[RIGHT], GRID_X // GEO[RATIO_X])
     first_y = tl.minimum(tl.maximum(y0 - GEO[DOWN], 0), GRID_Y // GEO[RATIO_Y] - centres_y) * GEO[RATIO_Y]
     first_x = tl.minimum(tl.maximum(x0 - GEO[RIGHT], 0), GRID_X // GEO[RATIO_X] - centres_x) * GEO[RATIO_X]
     width: tl.constexpr = centres_x * GEO[RATIO_X]
     n_queries: tl.constexpr = centres_y * GEO[RATIO_Y] * width
     d_k = tl.zeros([TILE_Y * TILE_X, HEAD_BLOCK], tl.float32)
     d_v = tl.zeros([TILE_Y * TILE_X, HEAD_BLOCK], tl.float32)
-    for member in range(GEO[GROUP]):  # rows of queries that share these keys
+    for member in range(GEO[GROUP]):  # batch rows that share these keys
         row = group * GEO[GROUP] + member
         q_from = q_at + row * q_row + head * HEAD
         d_out_from = d_out_at + row * (n_tokens * HEADS * HEAD) + head * HEAD
@@ -296,7 +280,7 @@ def backward_keys(
             if GEO[BIAS]:
                 scores += bias
             seen = sees(y[None, :], x[None, :], key_y[:, None], key_x[:, None], GEO) & real[None, :]
-            weights = tl.where(seen, tl.exp2(scores - log_sum[None, :]), 0.0)
+            weights = tl.exp2(tl.where(seen, scores, float("-inf")) - log_sum[None, :])
             d_v += tl.dot(weights.to(d_out.dtype), d_out, input_precision=PRECISION)
             d_scores = weights * (tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - delta[None, :])
             d_k += tl.dot(d_scores.to(q.dtype), q, input_precision=PRECISION)

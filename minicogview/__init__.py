@@ -3,8 +3,8 @@
     from minicogview import CogView2
     CogView2.from_pretrained("toy").generate("a red apple", n=4, seed=0)
 
-Nothing is imported before it is asked for: importing the package costs next to nothing, and torch is loaded
-with the first model.
+Importing the package costs next to nothing, because each public name is imported from its module on first use: torch
+is loaded with the first model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Clusters of picture tokens: groups of codebook rows that look alike, for cluster sampling (``sampling.py``).
 
-The idea: a picture codebook holds many rows that decode to nearly the same picture. k-means puts such rows into one
-cluster, so that a sampler can first choose between ideas and then between the copies of one.
+The idea: a picture codebook holds many rows that decode to nearly the same pixels. k-means puts such rows into one
+cluster, so that a sampler can first choose between ideas, then between near-copies of one idea.
 CogView2 (Ding et al. 2022, arXiv 2204.14217), section 4.2 and appendix.
 
 Mirrors: the file ``cluster_label.npy`` of the official code, which has one label per picture token.
@@ -23,12 +23,12 @@ from minicogview.errors import MiniCogViewError
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """A partition of the picture tokens, stored both ways round; make one with ``Clusters.of(labels)``.
+    """The clusters of all picture tokens, from token to cluster and back; make them with ``Clusters.of(labels)``.
 
     Attributes:
-        labels: (V,) int64, cluster of each token.
-        members: (C, M) int64, tokens of each cluster; short rows are filled up with token 0.
-        bias: (C, M) float32, 0 at real members and -inf at the filling.
+        labels: (V,) int64, the cluster of each token.
+        members: (C, M) int64, the tokens of each cluster; shorter rows are padded with token 0.
+        bias: (C, M) float32, 0 for members and -inf for padding.
     """
 
     labels: Tensor
@@ -37,24 +37,25 @@ class Clusters:
 
     @classmethod
     def of(cls, labels: Tensor | Clusters) -> Clusters:
-        """Clusters from (V,) integer labels; clusters without a member are allowed and never drawn."""
+        """Clusters from (V,) integer labels. A cluster may be empty; it is then never drawn."""
         if isinstance(labels, Clusters):
             return labels
         labels = labels.long()
         sizes = labels.bincount()  # (C,)
         order = labels.argsort(stable=True)  # tokens, cluster by cluster
-        rank = torch.arange(len(labels), device=labels.device) - (sizes.cumsum(0) - sizes)[labels[order]]
+        first = sizes.cumsum(0) - sizes  # (C,) where each cluster begins in that order
+        rank = torch.arange(len(labels), device=labels.device) - first[labels[order]]  # index inside the cluster
         shape = (len(sizes), int(sizes.max()))
         members = torch.zeros(shape, dtype=torch.long, device=labels.device)
         bias = torch.full(shape, -torch.inf, device=labels.device)
         members[labels[order], rank] = order
         bias[labels[order], rank] = 0.0
-        bias[sizes == 0] = 0.0  # avoids a softmax over nothing; the cluster's own mass is 0
+        bias[sizes == 0] = 0.0  # an empty cluster would give a softmax over nothing; its probability is 0 anyway
         return cls(labels, members, bias)
 
     @property
     def n_clusters(self) -> int:
-        """Number of clusters, empty ones below the highest label included."""
+        """Number of clusters, including empty ones below the highest label."""
         return len(self.members)
 
     def to(self, device: torch.device | str) -> Clusters:
@@ -65,17 +66,24 @@ class Clusters:
 # --- where clusters come from
 
 
+def clusters_for(n_clusters: int, codebook: Tensor, labels: Tensor | None = None) -> Clusters | None:
+    """Clusters for a sampler, from ``labels`` or else by k-means; None for ``n_clusters`` 0, which is plain top-k."""
+    if n_clusters == 0:
+        return None
+    return Clusters.of(cluster_codebook(codebook, n_clusters) if labels is None else labels)
+
+
 def cluster_codebook(codebook: Tensor, n_clusters: int, seed: int = 0, n_iterations: int = 30) -> Tensor:
-    """Group similar codebook rows by k-means (k-means++ start, then Lloyd's iterations).
+    """Group similar codebook rows by k-means (k-means++ initialisation, then Lloyd's iterations).
 
     Args:
         codebook: (V, D) float.
         n_clusters: C, at most V.
-        seed: of the start; the same seed gives the same labels on one machine. Ship the labels with the
-            weights rather than computing them again elsewhere.
+        seed: of the initialisation. The same seed gives the same labels on the same machine; ship the labels with the
+            weights instead of computing them again on another one.
 
     Returns:
-        (V,) int64 labels in 0..C-1. A cluster may end up empty where rows coincide.
+        (V,) int64 labels in 0..C-1. Where rows are equal, a cluster may end up empty.
 
     Raises:
         MiniCogViewError: if n_clusters is below 1 or above V.
@@ -96,11 +104,11 @@ def cluster_codebook(codebook: Tensor, n_clusters: int, seed: int = 0, n_iterati
 
 
 def _spread_out(points: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next centre is a point, drawn in proportion to its squared distance to the others."""
+    """k-means++: each new centre is a point drawn in proportion to its squared distance to the nearest centre."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     squared = (points - points[chosen[0]]).square().sum(-1)  # (V,)
     while len(chosen) < n:
-        # A point at distance 0 is drawn only when nothing else is left: fewer distinct rows than clusters.
+        # A point at distance 0 is drawn only when there are fewer distinct rows than clusters.
         weights = squared if squared.sum() > 0 else torch.ones_like(squared)
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
         squared = torch.minimum(squared, (points - points[chosen[-1]]).square().sum(-1))
@@ -108,14 +116,14 @@ def _spread_out(points: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def load_labels(path: str | Path, n_tokens: int = 20000) -> Tensor:
-    """Read a label file in the original's form, ``cluster_label.npy``: one whole number per picture token.
+    """Read a label file in the original's format, ``cluster_label.npy``: one integer for each picture token.
 
     Returns:
         (n_tokens,) int64 labels.
 
     Raises:
-        MiniCogViewError: if the file is missing, is not a plain numpy array (pickled ones are refused, since
-            unpickling runs code), has another length, or holds anything but whole numbers from 0.
+        MiniCogViewError: if the file is missing, is not a plain numpy array (a pickled one is refused, since
+            unpickling runs code), has another length, or holds anything but integers from 0.
     """
     try:
         labels = np.load(path, allow_pickle=False)
@@ -130,5 +138,5 @@ def load_labels(path: str | Path, n_tokens: int = 20000) -> Tensor:
             f"cluster labels in {path} have shape {shape}: expected ({n_tokens},), one per token"
         )
     if labels.dtype.kind not in "iuf" or (labels < 0).any() or (labels != np.floor(labels)).any():
-        raise MiniCogViewError(f"cluster labels in {path} are not whole numbers from 0: is it another file?")
+        raise MiniCogViewError(f"cluster labels in {path} are not integers from 0: is it another file?")
     return torch.from_numpy(labels.astype(np.int64))

@@ -1,16 +1,17 @@
-"""CogLM: one transformer that draws a text, captions a picture and fills in what is missing.
+"""CogLM: one transformer that draws pictures of a text, captions pictures and fills in missing parts of them.
 
-The idea: all three are "predict the next token" under different masks (``masking.py``), so one set of weights
-and one loss serve them all, and generating is one loop that fills a sequence from the left.
+The idea: all three tasks are "predict the next token" under different masks (``masking.py``), so one set of weights
+and one loss serve them all, and generating is one loop that fills a sequence from left to right.
 CogView2 (arXiv 2204.14217), sections 3.1 and 3.2.
 
-Mirrors: the original's ``coglm_strategy`` and SwissArmyTransformer's ``filling_sequence``: the prompt runs once
-and is shared by all pictures, tokens already known are copied, the last token is never fed back.
+Mirrors: the original's ``coglm_strategy`` and SwissArmyTransformer's ``filling_sequence``: the prompt is read once
+and shared by all pictures, tokens that are known are copied, and the last token is never fed back.
 
-Shapes: ``B`` rows of a batch, ``S`` sequence length, ``n`` picture tokens (grid * grid), ``V`` vocabulary.
+Shapes: ``B`` rows of a batch, ``S`` sequence length, ``n`` picture tokens (grid * grid), ``D`` model width,
+``V`` vocabulary size, ``R`` rows given, from which ``B`` are generated.
 
-Different on purpose: the cache is preallocated; texts of several lengths may share a batch (padded on the left);
-classifier-free guidance is available, which the original does not have.
+Different on purpose: the cache is preallocated; texts of different lengths may share a batch (padded on the left);
+and there is classifier-free guidance, which the original does not have.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ChooseTokens = Callable[[Tensor, int], Tensor]  # (logits (B, V), step) -> (B,) 
 
 @dataclass
 class Batch:
-    """Samples of equal length, stacked. Tasks may be mixed."""
+    """Training samples of equal length, stacked. Tasks may be mixed."""
 
     tokens: Tensor  # (B, S) int64
     positions: Tensor  # (B, S) int64
@@ -56,25 +57,25 @@ def collate(samples: list[Sample]) -> Batch:
 
 @dataclass
 class Filled:
-    """What ``CogLM.fill`` made."""
+    """Sequences that were filled, and how likely the model finds them."""
 
     tokens: Tensor  # (B, S) int64
-    scores: Tensor  # (B,) mean log-probability of the generated tokens under the plain model, in nats
+    scores: Tensor  # (B,) mean log-probability of the generated tokens in nats, without temperature and guidance
 
 
 def plain_steps(model: CogLM, rows: int) -> AbstractContextManager[None]:
-    """A context in which single steps are what they are."""
+    """A context that changes nothing: the default of ``CogLM.decoding``."""
     return nullcontext()
 
 
 class CogLM(nn.Module):
-    """The transformer together with what its ids and positions mean."""
+    """The transformer, together with what its ids and positions mean."""
 
     def __init__(self, config: CogLMConfig):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config.transformer)
-        # A context in which single steps may take a faster way for so many rows (``scale/decoding.py``).
+        # A context inside which decoding steps of this many rows may be computed faster (``scale/decoding.py``).
         self.decoding: Callable[[CogLM, int], AbstractContextManager[None]] = plain_steps
 
     @property
@@ -85,15 +86,15 @@ class CogLM(nn.Module):
     # --- training -----------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, targets: Tensor | None = None, text_weight: float = 1.0) -> Tensor:
-        """The loss: cross entropy in nats, summed over the rows that ``loss_mask`` marks, divided by their number.
+        """The loss: mean cross entropy in nats over the predictions that ``loss_mask`` marks.
 
         Args:
             batch: samples of any tasks.
-            targets: (codes, codes) optional; row ``c`` is the distribution that a picture token whose true code
-                is ``c`` should be predicted with. Given, picture tokens are also scored against picture codes
-                alone, as they are when drawing; the original scores them against the whole vocabulary.
-            text_weight: used with ``targets``; a predicted text token counts as much as this many picture tokens,
-                of which a batch has many more.
+            targets: (codes, codes), optional soft targets: row ``c`` is the distribution to predict for a picture token
+                whose true code is ``c``. If given, picture tokens are scored against picture codes alone, as they are
+                in generation; the original scores them against the whole vocabulary.
+            text_weight: used only with ``targets``: the weight of a predicted text token, where a picture token has 1.
+                A batch has many more picture tokens.
         """
         hidden = self.transformer(batch.tokens, batch.positions, attention_bias(batch.mask))  # (B, S, D)
         hidden, labels = hidden[batch.loss_mask], batch.labels[batch.loss_mask]  # (rows, D), (rows,)
@@ -106,7 +107,7 @@ class CogLM(nn.Module):
         total = total + text_weight * F.cross_entropy(text_logits, labels[~is_code], reduction="sum")
         return total / (len(code_logits) + text_weight * len(text_logits))
 
-    # --- the one loop behind drawing and filling in -----------------------------------------------------------
+    # --- the one loop behind generating and completing --------------------------------------------------------
 
     @torch.no_grad()
     def fill(
@@ -120,17 +121,17 @@ class CogLM(nn.Module):
         guidance: float = 1.0,
         on_step: Callable[[int], None] | None = None,
     ) -> Filled:
-        """Replace every -1 behind the context by a picture token, from left to right.
+        """Replace every -1 after the context by a picture token, from left to right.
 
         Args:
-            tokens, positions: (R, S); -1 is to be generated, everything else stays.
+            tokens, positions: (R, S); a token of -1 is generated, every other one stays.
             bias: (R, 1, S, S) from ``attention_bias``.
-            n_context: length of the part that is known and read in one go.
-            sampler: turns logits over the picture codes into choices.
-            n: rows to make out of a single given row (R = 1).
-            guidance: scale of classifier-free guidance; if not 1, the second half of the rows is the same as
-                the first without its text, and only the first half is returned.
-            on_step: called with the number of tokens done, for progress bars.
+            n_context: length of the known part at the start, which is read in one forward pass.
+            sampler: chooses tokens, given logits over the picture codes.
+            n: number of rows to generate from a single given row (R = 1).
+            guidance: scale of classifier-free guidance. If it is not 1, the second half of the rows must be the first
+                half without its text, and only the first half is returned.
+            on_step: called with the number of tokens generated so far, for progress bars.
 
         Raises:
             MiniCogViewError: if ``n`` is not 1 and several rows are given.
@@ -143,10 +144,10 @@ class CogLM(nn.Module):
         batch = max(rows, n)
         cache = self.transformer.new_cache(batch, length - 1)
         out = tokens.expand(batch, length).clone()
-        wanted = (tokens[0] < 0).tolist()  # the same columns in every row
-        biased = (bias.tril() != 0).any(-1).flatten(0, -2).any(0).tolist()  # rows of the bias that change anything
+        wanted = (tokens[0] < 0).tolist()  # columns to generate, the same in every row
+        biased = (bias.tril() != 0).any(-1).flatten(0, -2).any(0).tolist()  # query rows whose bias changes anything
         total, step = torch.zeros(batch, device=self.device), 0
-        # Inference mode spares each operation its bookkeeping for gradients: 6 % of the toy's time.
+        # Inference mode saves the bookkeeping for gradients in each operation: 6 % of the toy's time.
         with self.decoding(self, batch), torch.inference_mode():
             hidden = self.transformer(
                 tokens[:, :n_context], positions[:, :n_context], bias[:, :, :n_context, :n_context], cache
@@ -167,7 +168,7 @@ class CogLM(nn.Module):
         return Filled(out[:keep], total[:keep] / max(step, 1))
 
     def next_hidden(self, tokens: Tensor, positions: Tensor, bias: Tensor | None, cache: KVCache) -> Tensor:
-        """One more token (B, 1) in every row: hidden states (B, D), from which the token after it is predicted."""
+        """Feed one more token (B, 1) of every row: hidden states (B, D), from which the token after it is predicted."""
         return self.transformer(tokens, positions, bias, cache)[:, -1]
 
     def code_logits(self, hidden: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ class CogLM(nn.Module):
 
     @staticmethod
     def _choose(logits: Tensor, sampler: ChooseTokens, step: int, guidance: float) -> Tensor:
-        """Sampled ids (B,); both halves of guided rows get the same."""
+        """Sampled ids (B,); with guidance, both halves of the rows get the same ones."""
         if guidance == 1.0:
             return sampler(logits, step)
         with_text, without = logits.chunk(2)
@@ -196,12 +197,12 @@ class CogLM(nn.Module):
         """Draw ``n`` pictures of one text, or one picture of each of several texts.
 
         Args:
-            texts: token ids of each text, without start tokens; an empty list draws without a text.
+            texts: token ids of each text, without start tokens; an empty list draws a picture without a text.
             sampler, guidance, on_step: see ``fill``.
-            text_weight: log attention weight on the text's columns (1.4 in the original).
+            text_weight: added to the attention scores of text tokens (1.4 in the original).
 
         Returns:
-            ``tokens`` is (B, n) here: the picture's codes in raster order.
+            ``Filled``, whose ``tokens`` (B, grid * grid) are the codes of each picture in raster order.
         """
         if guidance != 1.0:
             texts = [text for text in texts for _ in range(n)] if n > 1 else texts
@@ -215,7 +216,7 @@ class CogLM(nn.Module):
         positions = torch.zeros(len(texts), length, dtype=torch.long)
         biases = []
         for r, text in enumerate(texts):
-            pad = longest - len(text)  # on the left, seen by nobody
+            pad = longest - len(text)  # pads on the left, which no token sees
             own_positions, own_mask = masking.inference(len(text), length - pad, layout)
             tokens[r, : longest + 1] = torch.tensor([ids.pad] * pad + text + [ids.boi])
             positions[r, pad:] = own_positions
@@ -238,13 +239,13 @@ class CogLM(nn.Module):
         n: int = 1,
         text_weight: float = 0.0,
     ) -> Filled:
-        """Fill a hole in a picture, with text and everything around the hole in view.
+        """Fill a hole in a picture: each new token sees the text and everything around the hole.
 
         Args:
-            text: token ids. picture: (grid * grid,) codes. region: (grid, grid), 1 = generate anew.
+            text: token ids. picture: (grid * grid,) codes. region: (grid, grid), 1 where cells are generated anew.
 
         Returns:
-            ``tokens`` is (n, grid * grid): the whole picture in raster order.
+            ``Filled``, whose ``tokens`` (n, grid * grid) are whole pictures in raster order.
         """
         self.check_text(text)
         sample, n_context = masking.completion(
@@ -269,12 +270,12 @@ class CogLM(nn.Module):
         """Mean log-probability per token of each text, given its picture.
 
         Args:
-            pictures: (B, grid * grid) codes, one for each text; or (1, ...): one picture for all the texts,
-                which is then read once and shared.
-            texts: token ids of the B captions. language: their language token.
+            pictures: (B, grid * grid) codes, one picture for each text; or (1, grid * grid), one picture for all
+                texts, which is then read only once.
+            texts: token ids of the B captions. language: the start token of their language.
 
         Returns:
-            (B,) in nats; higher is likelier.
+            (B,) in nats; higher means likelier.
         """
         n, longest = pictures.shape[1], max(len(text) for text in texts)
         cache = self._read_pictures(pictures, len(texts), longest)
@@ -282,7 +283,7 @@ class CogLM(nn.Module):
         for r, text in enumerate(texts):
             padded[r, : len(text) + 1] = torch.tensor([language, *text])
         padded = padded.to(self.device)
-        mask = torch.ones(longest, n + longest, dtype=torch.bool).tril(diagonal=n)  # pads lie after every target
+        mask = torch.ones(longest, n + longest, dtype=torch.bool).tril(diagonal=n)  # pads come after every target
         positions = torch.arange(longest, device=self.device)[None]
         hidden = self.transformer(padded[:, :-1], positions, attention_bias(mask).to(self.device), cache)
         log_p = self.transformer.logits(hidden).float().log_softmax(-1)  # (B, longest, V)
@@ -293,10 +294,13 @@ class CogLM(nn.Module):
 
     @torch.no_grad()
     def caption(self, picture: Tensor, language: int, end: int, max_tokens: int = 24) -> list[int]:
-        """Describe a picture: the likeliest next text token, again and again, until ``end``.
+        """Describe a picture, greedily: append the likeliest text token until that token is ``end``.
 
         Args:
-            picture: (grid * grid,) codes. language: start token. end: id that closes a caption.
+            picture: (grid * grid,) codes. language: start token of the language. end: id that closes a caption.
+
+        Returns:
+            token ids of the caption, without ``language`` and ``end``; at most ``max_tokens``.
         """
         cache = self._read_pictures(picture[None], 1, max_tokens)
         ids = self.config.ids
@@ -313,7 +317,7 @@ class CogLM(nn.Module):
         return text[1:]
 
     def _read_pictures(self, pictures: Tensor, batch: int, n_text: int) -> KVCache:
-        """A cache that holds whole pictures (B or 1, n) as context, and room for language token and text."""
+        """A cache that holds whole pictures (B or 1, n) as context, with room for a language token and the text."""
         n = pictures.shape[1]
         cache = self.transformer.new_cache(batch, n + 1 + n_text)
         first = self.config.layout.max_text + 1

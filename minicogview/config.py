@@ -1,7 +1,7 @@
 """Every size in the system, as frozen dataclasses, and the one dict of presets.
 
-The toy and the released 6B model are the same code with other numbers. A configuration is
-stored beside its weights as JSON (``to_json``) and never guessed from a file's name.
+The toy and the released 6B model are the same code with different numbers. A configuration is stored as JSON beside
+its weights (``to_json``) and never guessed from a file's name.
 
 Simplified: only sizes live here. Learning rates and batch sizes belong to the training commands.
 """
@@ -23,31 +23,31 @@ FineStart = Literal["tiled", "enlarged"]
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    """Picture tokenizer: a convolutional VQ-VAE with three rates and one codebook.
+    """The picture tokenizer: a convolutional VQ-VAE with one codebook and three rates, called levels.
 
-    ``rates`` are pixels per token of level 0, 1, 2. The defaults are the released tokenizer.
+    The rate of a level is the number of pixels along each side of a token. The defaults are the released tokenizer's.
     """
 
     channels: int = 128
-    encoder_multipliers: tuple[int, ...] = (1, 2, 4)  # level 0 has 2 ** (len - 1) pixels a token
+    encoder_multipliers: tuple[int, ...] = (1, 2, 4)  # of channels, by resolution; level 0's rate is 2 ** (len - 1)
     encoder_blocks: int = 2  # residual blocks at each encoder resolution
     codebook_size: int = 20000
     codebook_dim: int = 256
     latent_channels: int = 256  # of the encoder's output, before the projection to codebook_dim
-    # Decoder of level 2 first, as in the checkpoint (decoder number 2 - level).
+    # The decoder of level 2 comes first, as in the checkpoint: level i has decoder number 2 - i.
     decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))
     n_groups: int = 32  # of GroupNorm
 
     @property
     def rates(self) -> tuple[int, ...]:
-        """Pixels per token at levels 0, 1, 2."""
+        """Pixels along each side of a token at levels 0, 1, 2."""
         base = 2 ** (len(self.encoder_multipliers) - 1)
         return tuple(base * 2**level for level in range(len(self.decoder_multipliers)))
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The transformer alone: it knows ids and positions, not what they mean."""
+    """The transformer alone: it knows ids and positions, but not what they mean."""
 
     n_layers: int
     d_model: int
@@ -56,7 +56,7 @@ class TransformerConfig:
     max_positions: int = 1024
     norm: NormOrder = "sandwich"
     norm_kind: NormKind = "layer"
-    pb_relax: float | None = None  # attention scores / this, then minus their maximum, then times it
+    pb_relax: float | None = None  # scale of PB-relax (see ``attention.py``); None switches it off
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -67,11 +67,11 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Where text and picture sit in a sequence: positions 0.. text, then start of image, then the grid."""
+    """The positions of a sequence: the text counts from 0, then comes <start_of_image>, then the picture's grid."""
 
-    max_text: int = 512  # text positions; <start_of_image> has exactly this position
+    max_text: int = 512  # number of text positions; it is also the position of <start_of_image>
     grid: int = 20  # tokens along each side of the coarse picture
-    n_patches: int = 20  # patch infilling: how many patches are drawn ...
+    n_patches: int = 20  # training by patch infilling: number of patches that are chosen ...
     patch_size: int = 4  # ... and their side in tokens
 
     @property
@@ -82,7 +82,7 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens that are neither picture nor text (see ``tokenizer.py`` for where they come from)."""
+    """Ids of the tokens that are neither picture nor text; ``tokenizer.py`` explains the vocabulary."""
 
     pad: int
     boi: int  # <start_of_image>
@@ -90,18 +90,18 @@ class SpecialIds:
     boc: int  # <start_of_chinese>
 
 
-PAD_PIECE = 3  # number of <pad> among the text pieces, in the original's model and in ours
+PAD_PIECE = 3  # index of <pad> among the text pieces, in the original's text model and in ours
 
 
 def special_ids(codebook_size: int, n_pieces: int) -> SpecialIds:
-    """The rule of the vocabulary: picture codes, then text pieces (one of them is <pad>), then three start tokens."""
+    """The vocabulary's order: picture codes, then text pieces (one of them is <pad>), then three start tokens."""
     first = codebook_size + n_pieces
     return SpecialIds(pad=codebook_size + PAD_PIECE, boi=first, boe=first + 1, boc=first + 2)
 
 
 @dataclass(frozen=True)
 class CogLMConfig:
-    """The first stage: a transformer and what its ids and positions mean."""
+    """The first stage: a transformer, and what its ids and positions mean."""
 
     transformer: TransformerConfig
     layout: LayoutConfig
@@ -111,18 +111,18 @@ class CogLMConfig:
 
 @dataclass(frozen=True)
 class SuperResolutionConfig:
-    """What a super-resolution stage adds to the first stage: a finer grid of tokens beside it."""
+    """What a super-resolution stage adds to the first stage: a finer grid of tokens."""
 
     coglm: CogLMConfig
-    n_text: int  # text slots in front, filled from the right; longer texts are cut
-    factor: int = 3  # fine grid / coarse grid, each way
+    n_text: int  # text slots before the picture, filled from the right; longer texts are cut
+    factor: int = 3  # fine tokens per coarse token, along each side
     window: tuple[int, int] = (9, 5)  # rows and columns of fine tokens that a fine token looks at
-    coarse_window: tuple[int, int] = (5, 5)  # the same on the coarse grid; direct super-resolution only
-    # What a fine token starts from. "tiled", as released: <start_of_image>, and start values of positions that repeat
-    # the coarse grid's. Not in the original: "enlarged", the position of the coarse token that covers it, and the token
-    # that stands there when the coarse picture is enlarged bicubically.
+    coarse_window: tuple[int, int] = (5, 5)  # the same on the coarse grid; direct stage only
+    # What a fine token starts from. "tiled", as released: the token <start_of_image>, and a position that at first
+    # repeats the coarse grid's. Not in the original: "enlarged", where the position is that of the coarse token which
+    # covers it, and the token is the one found there when the coarse picture is enlarged bicubically.
     fine_start: FineStart = "tiled"
-    # Not in the original: direct super-resolution has norms and MLPs of its own on the fine level. Released: CogLM's.
+    # Not in the original, whose direct stage uses CogLM's norms and MLPs for fine tokens too: it has its own ones.
     own_layers: bool = False
 
     @property
@@ -133,26 +133,26 @@ class SuperResolutionConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next picture token is drawn (see ``sampling.py``)."""
+    """How the next picture token is drawn: cluster sampling, explained in ``sampling.py``."""
 
     temperature: float = 1.15
-    top_k: int = 16  # clusters that stay in play
+    top_k: int = 16  # number of clusters that may be drawn
     cluster_temperature: float = 1.0  # second temperature, inside the drawn cluster
-    n_clusters: int = 500
-    text_weight: float = 1.4  # log attention weight added on text columns
-    guidance: float = 1.0  # classifier-free guidance scale; 1 switches it off
+    n_clusters: int = 500  # clusters of the codebook; 0: no clusters, plain top-k over tokens
+    text_weight: float = 1.4  # added to the attention scores of text tokens
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 switches it off
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise MiniCogViewError(f"temperature {self.temperature} is below 0: use 0 (no chance) or more")
+            raise MiniCogViewError(f"temperature {self.temperature} is below 0: use 0 (the likeliest token) or more")
         if self.cluster_temperature <= 0:
             raise MiniCogViewError(f"cluster_temperature {self.cluster_temperature} is not above 0: 1 is neutral")
         if self.top_k < 1:
-            raise MiniCogViewError(f"top_k {self.top_k} keeps nothing: use 1 or more")
+            raise MiniCogViewError(f"top_k {self.top_k} leaves nothing to draw: use 1 or more")
 
 
 def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> SamplingConfig:
-    """Settings with some of them replaced, by name.
+    """The same settings with some of them replaced, by name.
 
     Raises:
         MiniCogViewError: if there is no such setting, or its value makes no sense.
@@ -168,7 +168,7 @@ def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> Sam
 
 @dataclass(frozen=True)
 class Preset:
-    """One complete system: the picture tokenizer, the three stages, and how their tokens are drawn."""
+    """One complete system: the picture tokenizer, the three stages, and how each draws its tokens."""
 
     name: str
     vqvae: VQVAEConfig
@@ -176,27 +176,27 @@ class Preset:
     direct: SuperResolutionConfig
     iterative: SuperResolutionConfig
     n_text_pieces: int  # SentencePiece pieces, without the three start tokens
-    level: int  # which rate of the tokenizer the models use
+    level: int  # level of the tokenizer that the models use
     sampling: SamplingConfig = SamplingConfig()  # of the first stage
-    # The recipes' other temperatures (1.5 and 1.3) never reach the original's models.
+    # The original's recipes name other temperatures for super-resolution (1.5 and 1.3), which never reach its models.
     direct_sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_k=100, cluster_temperature=0.89)
-    iterative_temperature: float = 1.0  # how many codes stay in play is part of LoPAR's schedule
-    # How fine tokens are chosen. "sample", as released: drawn at random. "mean": the code nearest to the mean of all,
-    # which has the least expected error and leaves nothing to chance; of the settings above, only temperatures count.
+    iterative_temperature: float = 1.0  # its top-k is part of LoPAR's schedule
+    # How fine tokens are chosen. "sample", as released: at random. "mean": the code nearest to the mean of all codes,
+    # which has the least expected error and is not random; of the settings above, it uses only the temperatures.
     fine_choice: Literal["sample", "mean"] = "sample"
 
     @property
     def coarse_pixels(self) -> int:
-        """Side of the picture that the first stage draws, in pixels."""
+        """Side in pixels of the picture that the first stage draws."""
         return self.coglm.layout.grid * self.vqvae.rates[self.level]
 
     @property
     def fine_pixels(self) -> int:
-        """Side of the picture after super-resolution, in pixels."""
+        """Side in pixels of the picture after super-resolution."""
         return self.coarse_pixels * self.direct.factor
 
     def with_coglm(self, coglm: CogLMConfig) -> Preset:
-        """The same system on a first stage of other sizes."""
+        """The same system with a first stage of other sizes."""
         direct, iterative = (dataclasses.replace(stage, coglm=coglm) for stage in (self.direct, self.iterative))
         return dataclasses.replace(self, coglm=coglm, direct=direct, iterative=iterative)
 
@@ -212,11 +212,11 @@ def make_preset(
     iterative: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> Preset:
-    """A preset; sizes that follow from others are filled in: the vocabulary and, unless given, the positions.
+    """Make a preset; sizes that follow from others need not be given: the vocabulary and the number of positions.
 
     Args:
-        transformer: of ``TransformerConfig``, at least ``n_layers``, ``d_model`` and ``n_heads``.
-        direct, iterative: of ``SuperResolutionConfig``, where they differ from the released stages.
+        transformer: fields of ``TransformerConfig``, at least ``n_layers``, ``d_model`` and ``n_heads``.
+        direct, iterative: fields of ``SuperResolutionConfig`` that differ from the released stages.
         sampling: the remaining fields of ``Preset``.
     """
     sizes = {
@@ -227,7 +227,7 @@ def make_preset(
     ids = special_ids(vqvae.codebook_size, n_text_pieces)
     coglm = CogLMConfig(TransformerConfig(**sizes), layout, ids, vqvae.codebook_size)
     first = SuperResolutionConfig(coglm, **{"n_text": 96, **(direct or {})})
-    second = SuperResolutionConfig(coglm, **{"n_text": 16, **(iterative or {})})  # it reads the first words only
+    second = SuperResolutionConfig(coglm, **{"n_text": 16, **(iterative or {})})  # reads only the first words
     return Preset(name, vqvae, coglm, first, second, n_text_pieces, level, **sampling)
 
 
@@ -279,7 +279,7 @@ def get_preset(name: str) -> Preset:
     """The preset of this name.
 
     Raises:
-        MiniCogViewError: if there is none of that name; the message lists them.
+        MiniCogViewError: if there is no such preset; the message lists them all.
     """
     if name not in PRESETS:
         raise MiniCogViewError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
@@ -291,11 +291,11 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config))
 
 
-RETIRED = {"dropout": 0.0}  # fields of older files, with the only value that they ever had
+RETIRED = {"dropout": 0.0}  # fields that older files still have, with the only value that they ever had
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """``value`` as the type ``kind``: nested dataclasses from dictionaries, tuples from JSON's lists."""
+    """JSON's ``value`` as the type ``kind``: dictionaries become nested dataclasses, lists become tuples."""
     if dataclasses.is_dataclass(kind):
         types = get_type_hints(kind)
         fields = {key: item for key, item in value.items() if key in types or RETIRED.get(key, ...) != item}
@@ -304,10 +304,10 @@ def _build(kind: Any, value: Any) -> Any:
 
 
 def from_json(kind: type, text: str) -> Any:
-    """Rebuild a configuration dataclass of type ``kind`` from ``to_json``'s text.
+    """Rebuild a configuration dataclass of type ``kind`` from the text that ``to_json`` made.
 
     Raises:
-        MiniCogViewError: on names that ``kind`` does not have, or that it needs and the text lacks.
+        MiniCogViewError: if the text has a field that ``kind`` does not have, or lacks one that it needs.
     """
     try:
         return _build(kind, json.loads(text))

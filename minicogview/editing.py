@@ -1,19 +1,23 @@
-"""Editing a part of a picture: where to cut, what to draw anew, and how to put it back.
+"""Editing a part of a picture: what to cut out, which tokens to draw anew, and how to paste the result back.
 
-The idea: the models only know small squares, so the surroundings of the mask are cut out and resized, the tokens under
-the mask are drawn anew with everything else in view, and of the result only the pixels under the mask are pasted
-back. All other pixels stay as they were, to the bit. CogView2 (arXiv 2204.14217), section 3.2 and figure 5.
+The idea: the models only know small squares. So a square around the mask is cut out and resized, and the tokens under
+the mask are drawn anew with everything else in view. Of the result, only the pixels under the mask are pasted back; all
+other pixels stay exactly as they were. CogView2 (arXiv 2204.14217), section 3.2 and figure 5.
 
-Mirrors: the geometry of the official ``cogview2_completion.py``: 20 / 14 of the mask's longer side is cut out, so that
-a square mask covers 14 of the 20 tokens along each side.
+Mirrors: the geometry of the official ``cogview2_completion.py``. The cut-out is 20 / 14 times as long as the mask's
+longer side, so that a square mask covers 14 of the 20 tokens along each side. A token is drawn anew if its first pixel
+is marked.
 
-Shapes: a picture has H x W pixels; a box is (top, left, bottom, right), the last two not included.
+Shapes: a picture has H x W pixels; a box is (top, left, bottom, right), where bottom and right are not included.
 
-A token is drawn anew when its first pixel is marked, as in the original. Different on purpose: masks may be painted,
-pictures need not be square; where a mask is so thin that this chooses no token, those that it touches are drawn anew.
+Different on purpose: masks may have any form, and pictures need not be square. If a mask is so thin that it marks no
+token's first pixel, all tokens that it touches are drawn anew.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import upright
+from minicogview.pictures import Pictures, upright
 
 Box = tuple[int, int, int, int]
 Mask = Tensor | np.ndarray | Image.Image
@@ -30,11 +34,11 @@ CONTEXT = 20 / 14  # side of the cut-out / longer side of the mask
 
 
 def to_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
-    """A mask as (H, W) bool: 1, True or brighter than mid-grey is drawn anew.
+    """A mask as (H, W) bool; True, 1 or brighter than mid-grey marks pixels that are drawn anew.
 
     Args:
-        mask: array or tensor (H, W); or a picture, of which the brightness counts, black where transparent.
-        size: (H, W) of the picture that it belongs to.
+        mask: array or tensor (H, W); or a picture, whose brightness is used and whose transparent parts count as black.
+        size: (H, W) of the picture that the mask is for.
 
     Raises:
         MiniCogViewError: if the mask has another size, or marks nothing.
@@ -68,19 +72,19 @@ def box_mask(size: tuple[int, int], box: tuple[float, float, float, float]) -> T
 
 
 def inner_box(mask: Tensor) -> Box:
-    """The smallest box around what a mask (H, W) marks."""
+    """The smallest box around all marked pixels of a mask (H, W)."""
     rows, columns = (torch.nonzero(mask.any(axis))[:, 0] for axis in (1, 0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 def crop_box(mask: Tensor, context: float = CONTEXT, least: int = 1) -> Box:
-    """The part of the picture that is cut out around what a mask (H, W) marks.
+    """The box to cut out of the picture for a mask (H, W).
 
-    A square around the middle of the mask, moved inside the picture; no longer than the picture's shorter side, unless
-    the mask itself is.
+    It is a square centred on the marked pixels, then moved inside the picture. Its side is at most the picture's
+    shorter side; if the marked part is longer than that, the box is longer in that direction.
 
     Args:
-        context: side of the square / longer side of the mask. least: pixels that a side has at least.
+        context: side of the square / longer side of the marked part. least: the smallest side in pixels.
 
     Raises:
         MiniCogViewError: if ``context`` is below 1.
@@ -88,7 +92,7 @@ def crop_box(mask: Tensor, context: float = CONTEXT, least: int = 1) -> Box:
     if not context >= 1:
         raise MiniCogViewError(f"context is {context}: use 1 (the mask alone) or more")
     sizes, inner = tuple(mask.shape), inner_box(mask)
-    longer = max(inner[2] - inner[0], inner[3] - inner[1])
+    longer = max(inner[2] - inner[0], inner[3] - inner[1])  # side of the marked part
     side = max(int(longer * context), least)
     if longer <= min(sizes):
         side = min(side, *sizes)
@@ -96,14 +100,30 @@ def crop_box(mask: Tensor, context: float = CONTEXT, least: int = 1) -> Box:
     for axis in (0, 1):
         length = min(side, sizes[axis])
         first, end = inner[axis], inner[axis + 2]
-        start = int((first + end - 1) / 2 - length / 2)
-        edges.append((min(max(start, end - length, 0), first, sizes[axis] - length), length))
+        start = int((first + end - 1) / 2 - length / 2)  # centred on the marked pixels
+        start = min(max(start, end - length, 0), first, sizes[axis] - length)  # with all of them, inside the picture
+        edges.append((start, length))
     (top, height), (left, width) = edges
     return top, left, top + height, left + width
 
 
+def check_region(region: Any, grid: int) -> Tensor:
+    """A region of tokens to draw anew (a tensor, array or lists) as (grid, grid) bool.
+
+    Raises:
+        MiniCogViewError: if it has another shape, or is empty.
+    """
+    hole = torch.as_tensor(region).bool()
+    if hole.shape != (grid, grid) or not hole.any():
+        raise MiniCogViewError(
+            f"region of shape {tuple(hole.shape)} with {int(hole.sum())} cells to draw: "
+            f"give ({grid}, {grid}) with 1 where the picture is to be drawn anew"
+        )
+    return hole
+
+
 def token_region(mask: Tensor, side: int) -> Tensor:
-    """Which tokens (side, side) bool of a cut-out are drawn anew, from its part of the mask (h, w)."""
+    """Which tokens of a cut-out are drawn anew, (side, side) bool, from the cut-out's part of the mask (h, w)."""
     region = F.interpolate(mask[None, None].float(), size=(side, side), mode="nearest")[0, 0] > 0.5
     if not region.any():
         region = F.adaptive_max_pool2d(mask[None].float(), (side, side))[0] > 0.5
@@ -111,7 +131,7 @@ def token_region(mask: Tensor, side: int) -> Tensor:
 
 
 def paste(picture: Image.Image, patch: Image.Image, box: Box, mask: Tensor) -> Image.Image:
-    """The picture with the pixels under the mask (H, W) taken from a patch that fills the box; no other changes."""
+    """The picture with the pixels under the mask (H, W) taken from ``patch``, which is resized to fill the box."""
     top, left, bottom, right = box
     pixels = np.array(picture)  # (H, W, 3 or 4)
     new = np.asarray(patch.convert("RGB").resize((right - left, bottom - top), Image.Resampling.BICUBIC))
@@ -119,5 +139,15 @@ def paste(picture: Image.Image, patch: Image.Image, box: Box, mask: Tensor) -> I
     part = pixels[top:bottom, left:right]
     part[inside, :3] = new[inside]
     if pixels.shape[2] == 4:
-        part[inside, 3] = 255  # what was drawn can be seen
+        part[inside, 3] = 255  # new pixels are opaque
     return Image.fromarray(pixels)
+
+
+def paste_all(picture: Image.Image, drawn: Pictures, box: Box, mask: Tensor) -> Pictures:
+    """Whole pictures from ``drawn``, pictures of a cut-out: those of every stage are pasted into ``picture``."""
+    pasted: dict[str, Any] = {}
+    for stage in ("coglm", "direct", "iterative"):
+        patches = getattr(drawn, stage)
+        if patches is not None:
+            pasted[stage] = [paste(picture, patch, box, mask) for patch in patches]
+    return dataclasses.replace(drawn, images=list(pasted.values())[-1], **pasted)

@@ -1,19 +1,20 @@
-"""Iterative super-resolution with LoPAR: mask a part of the fine tokens, guess it again, six times over.
+"""Iterative super-resolution with LoPAR: mask some of the fine tokens and resample them, in six rounds.
 
-The idea: direct super-resolution chose every fine token by itself, so neighbours may disagree. A masked-token model
-looks at a text's first words and at the fine tokens around each cell, and a few rounds of masking and guessing make
-the cells agree. Every round masks fewer cells than the one before, so the last guesses of a neighbourhood follow one
-another while those far apart are made at once: local parallel autoregressive generation. In the first round 65 % of
-the four direct neighbours of a masked cell are masked too, in the last none. CogView2 (arXiv 2204.14217), section 3.3.
+The idea: the direct stage chose every fine token by itself, so neighbours may disagree. A masked-token model predicts a
+masked cell from the text's first words and the fine tokens around it, and a few rounds of masking and resampling make
+neighbours agree. Every round masks fewer cells than the one before. So the last choices in a neighbourhood are made one
+after another, while those far apart are made at the same time: this is *local parallel autoregressive* generation,
+LoPAR. In the first round, 65 % of the four direct neighbours of a masked cell are masked too; in the last round, none.
+CogView2 (arXiv 2204.14217), section 3.3.
 
-Mirrors: ``sr_pipeline/itersr_model.py`` and ``itersr_sampling.py`` of the official code. Its schedule, a table of
-6 x 6 that is repeated over the picture, stands here as data. By that table 1300 of 3600 tokens are never guessed
-again, whatever the direct stage made of them.
+Mirrors: ``sr_pipeline/itersr_model.py`` and ``itersr_sampling.py`` of the official code. Its schedule is a 6 x 6 table
+that is repeated over the picture, written here as data. It never resamples 1300 of the 3600 tokens: they stay as the
+direct stage chose them.
 
 Shapes: ``B`` rows, ``G`` text slots, ``F`` fine tokens, ``D`` width, ``N`` heads, ``H`` head size, ``P`` tile side.
 
-Different on purpose: schedules of other lengths and tiles can be made by a rule (``spread_schedule``). Models with
-``fine_start="enlarged"`` are told what stood in a masked cell before; the original's see an empty cell.
+Different on purpose: ``spread_schedule`` makes schedules of other lengths and tile sizes by a rule. Models with
+``fine_start="enlarged"`` are told the code that a masked cell had before; the original's see an empty cell.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ from minicogview.windows import Global
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which cells are masked in which round: those whose code in the repeated tile is at least the round's number.
+    """Which cells are masked in which round: a round masks the cells whose number is at least that of the round.
 
     Attributes:
-        tile: (P, P) whole numbers; a cell with code ``c`` is guessed in rounds 1 to ``c``, and never if it is below 1.
-        top_k: how many likeliest codes stay in play, one number for each round.
+        tile: (P, P) integers, repeated over the picture. A cell with number ``c`` is resampled in rounds 1 to ``c``; if
+            ``c`` is below 1, never.
+        top_k: how many of the likeliest codes may be drawn, one number for each round.
     """
 
     tile: tuple[tuple[int, ...], ...]
@@ -61,7 +63,7 @@ class Schedule:
 
     @property
     def n_rounds(self) -> int:
-        """Passes of the model."""
+        """Number of rounds; each is one forward pass."""
         return len(self.top_k)
 
     def masked(self, round: int, grid: tuple[int, int]) -> Tensor:
@@ -85,9 +87,9 @@ OFFICIAL = Schedule(
 
 
 def spread_order(side: int) -> list[tuple[int, int]]:
-    """The cells of a tile in an order that keeps each as far as it can be from those before it.
+    """The cells of a tile in an order in which each lies as far as possible from the ones before it.
 
-    Distances go across the tile's borders, since the tile is repeated.
+    Distances wrap around the tile's borders, since the tile is repeated.
     """
     cells = [(row, column) for row in range(side) for column in range(side)]
 
@@ -95,27 +97,29 @@ def spread_order(side: int) -> list[tuple[int, int]]:
         steps = [min(abs(x - y), side - abs(x - y)) for x, y in zip(a, b, strict=True)]
         return math.hypot(*steps)
 
+    def spread(cell: tuple[int, int]) -> tuple[float, float]:
+        distances = [distance(cell, earlier) for earlier in order]
+        return min(distances), sum(distances)  # ties go to the cell that is far from all others, not only the nearest
+
     order = [cells[0]]
     while len(order) < len(cells):
-        # The tie-break prefers cells far from all others, not only from the nearest one.
-        rest = (cell for cell in cells if cell not in order)
-        order.append(max(rest, key=lambda c: (min(d := [distance(c, o) for o in order]), sum(d))))
+        order.append(max((cell for cell in cells if cell not in order), key=spread))
     return order
 
 
 def spread_schedule(
     n_rounds: int, side: int = 6, first: float = 0.64, last: float = 0.055, top_k: int = 20
 ) -> Schedule:
-    """A schedule of any length by a rule: the share of masked cells falls evenly, and those left lie far apart.
+    """A schedule of any length by a rule: the share of masked cells falls evenly, and they lie ever farther apart.
 
     Args:
-        n_rounds: rounds, at least 1. side: of the tile.
-        first, last: share of the cells masked in the first and in the last round; the defaults are those of
-            ``OFFICIAL``. At least one cell of the tile is masked in every round.
-        top_k: for every round.
+        n_rounds: number of rounds, at least 1. side: side of the tile.
+        first, last: share of the cells that the first and the last round mask; the defaults are those of ``OFFICIAL``.
+            Every round masks at least one cell of the tile.
+        top_k: the same for every round.
 
     Raises:
-        MiniCogViewError: if a number makes no schedule.
+        MiniCogViewError: if these numbers do not make a schedule.
     """
     if n_rounds < 1 or side < 1 or top_k < 1 or not 0 < last <= first <= 1:
         raise MiniCogViewError(
@@ -143,23 +147,23 @@ def lopar_attention(
     Args:
         text: q, k, v (B, G, N, H). fine: q, k, v (B, F, N, H).
         real: (B or 1, G) bool, text slots that are in use.
-        text_bias: number or (G,), added to the fine tokens' scores of the text.
+        text_bias: number or (G,), added to the scores of text keys when fine tokens look at them.
 
     Returns:
         (B, G, N, H) and (B, F, N, H).
     """
     everywhere = Global(text[1], text[2], real, text_bias)
     fine_out = local_attention(*fine, config.fine_grid, config.window, everywhere=everywhere, impl=impl)
-    bias = attention_bias(real[:, None, :])  # (B, 1, 1, G): the same for every row
+    bias = attention_bias(real[:, None, :])  # (B, 1, 1, G): the same for every query
     return attend_everywhere(*text, bias), fine_out
 
 
 class IterativeSR(nn.Module):
-    """A masked-token model of the fine grid; its weights start from CogLM's and are trained on.
+    """The iterative stage: a masked-token model of the fine grid, trained further from CogLM's weights.
 
     Args:
         config: sizes.
-        base: the transformer to stand on, shared and not copied; None makes a new one.
+        base: the transformer to use, shared and not copied; None makes a new one.
     """
 
     def __init__(self, config: SuperResolutionConfig, base: Transformer | None = None):
@@ -170,7 +174,7 @@ class IterativeSR(nn.Module):
 
     @torch.no_grad()
     def start_from_direct(self, direct: DirectSR) -> None:
-        """Take over what the direct stage learned about fine tokens: its layers, or attention alone, and positions."""
+        """Copy the direct stage's weights for fine tokens: positions, and its own layers or only their attention."""
         self.fine_position.load_state_dict(direct.fine_position.state_dict())
         if direct.config.own_layers:
             self.base.layers.load_state_dict(direct.fine_layers.state_dict())
@@ -188,10 +192,10 @@ class IterativeSR(nn.Module):
         """Hidden states after the final norm: text (B, G, D) and fine tokens (B, F, D).
 
         Args:
-            texts: token ids of each text, of which the first ``config.n_text`` are read, or ``text_slots`` of them.
-            fine: (B, F) codes, <start_of_image> where a cell is masked.
-            before: (B, F) codes that stood there before masking, for models with ``fine_start="enlarged"``.
-            record: filled with the hidden states of both, (B, G + F, D) after each layer.
+            texts: token ids of each text, of which the first ``config.n_text`` are read; or ``text_slots`` of them.
+            fine: (B, F) codes; <start_of_image> where a cell is masked.
+            before: (B, F) codes before masking, for models with ``fine_start="enlarged"``.
+            record: filled with the hidden states of text and fine tokens, (B, G + F, D) after each layer.
         """
         config, base = self.config, self.base
         device = base.token_embedding.weight.device
@@ -214,7 +218,7 @@ class IterativeSR(nn.Module):
         return run_levels(base, text, cells, attention, record, walk=self.walk)
 
     def check(self, fine: Tensor, region: Tensor | None) -> None:
-        """Raise MiniCogViewError unless ``fine`` is (B, F) codes, and ``region`` None or (rows, columns)."""
+        """Raise MiniCogViewError unless ``fine`` is (B, F) codes, and ``region`` is None or (rows, columns)."""
         grid = self.config.fine_grid
         check_codes(fine, grid[0] * grid[1], self.config.coglm.n_codes, "fine")
         if region is not None and tuple(region.shape) != grid:
@@ -229,12 +233,12 @@ class IterativeSR(nn.Module):
         schedule: Schedule = OFFICIAL,
         region: Tensor | None = None,
     ) -> list[Tensor]:
-        """Guess a part of the fine tokens again, round after round.
+        """Mask and resample some of the fine tokens, round after round.
 
         Args:
             texts: token ids of each text. fine: (B, F) codes of the direct stage.
             samplers: one for each round of the schedule.
-            region: (rows, columns), 1 where tokens may change; None lets all of them.
+            region: (rows, columns), 1 where tokens may change; None: everywhere.
 
         Returns:
             the codes (B, F) after each round.
@@ -248,9 +252,10 @@ class IterativeSR(nn.Module):
             raise MiniCogViewError(f"{len(samplers)} samplers for {schedule.n_rounds} rounds: give one for each")
         fine, rounds = fine.to(self.base.token_embedding.weight.device), []
         for round, sampler in enumerate(samplers, 1):
-            masked = schedule.masked(round, grid)
-            cells = torch.nonzero((masked if region is None else masked & region.cpu().bool()).flatten())[:, 0]
-            cells = cells.to(fine.device)
+            masked = schedule.masked(round, grid)  # (rows, columns)
+            if region is not None:
+                masked = masked & region.cpu().bool()
+            cells = torch.nonzero(masked.flatten())[:, 0].to(fine.device)  # (S,)
             if len(cells):
                 _, hidden = self(texts, fine.index_fill(1, cells, ids.boi), fine)
                 fine = fine.index_copy(1, cells, choose_codes(self.base, hidden, cells, n_codes, sampler))

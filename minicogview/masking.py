@@ -1,17 +1,17 @@
-"""What every token may look at, in every task: the masks, positions and targets of CogLM.
+"""What every token may look at in every task: the masks, positions and targets of CogLM.
 
-The idea: one transformer draws, captions and fills in, because each task is only another attention mask.
-Some tokens are *context* and see each other in both directions; the others are predicted one after another
-and see the context and what came before. Every run of predictions starts behind an anchor that is given: a start
-token, the first cell of a patch's row, the first token of a span. CogView2 (arXiv 2204.14217), section 3.1.
+The idea: one transformer draws, captions and fills in, because each task is only a different attention mask.
+Some tokens are *context*: they see each other in both directions. The others are predicted one after another, and each
+sees the context and the tokens before it. Every run of predictions starts after a token that is given: a start token,
+the first cell of a patch's row, or the first token of a span. CogView2 (arXiv 2204.14217), section 3.1.
 
-Mirrors: the data and mask functions of the original's ``pretrain_coglm`` and ``coglm_strategy`` files; every
-function here equals them bit by bit when given the same random choices (``tests/test_parity.py``).
+Mirrors: the data and mask functions of the original's ``pretrain_coglm`` and ``coglm_strategy`` files. Given the same
+random choices, every function here returns exactly the same (``tests/test_parity.py``).
 
-A training sample starts as ``raw``: text, <pad>, perhaps a second text, <pad>..., then the picture at the end.
-Random choices are drawn by the ``draw_*`` functions and handed in, so that each mask is a plain function.
+A training sample starts as ``raw``: text, <pad>, perhaps a second text, <pad>..., and the picture at the end.
+Random choices are made by the ``draw_*`` functions and passed in, so that each mask is a plain function.
 
-Shapes: ``S`` sequence length, ``n`` tokens of the picture (``grid * grid``). 1 = may look.
+Shapes: ``S`` sequence length, ``n`` tokens of the picture (``grid * grid``). In a mask, 1 means "may look".
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Sample:
 
 
 def shift_left(tokens: Tensor) -> Tensor:
-    """Every token's successor; the last one keeps itself."""
+    """For each token, the one after it, which is its target; the last token, which has none, is repeated."""
     return torch.cat([tokens[1:], tokens[-1:]])
 
 
 def split_texts(raw: Tensor, n_image: int, pad: int) -> list[tuple[int, int]]:
-    """Half-open index ranges of the one or two texts in front of the picture.
+    """Start and end (not included) of the one or two texts before the picture.
 
     Args:
         raw: (S,) text, pad, perhaps a second text, pads, then ``n_image`` picture tokens.
@@ -57,11 +57,11 @@ def split_texts(raw: Tensor, n_image: int, pad: int) -> list[tuple[int, int]]:
 
 
 def text_to_image(raw: Tensor, ids: SpecialIds, layout: LayoutConfig, second_text: bool = False) -> Sample:
-    """Draw: the chosen text is context for all, the picture follows it token by token.
+    """Learn to draw: the chosen text is context for every token, and the picture is predicted token by token.
 
     Args:
-        raw: (S,) with at least one pad before the picture: it becomes <start_of_image>.
-        second_text: whether the second of two texts is the one to draw.
+        raw: (S,) with at least one pad before the picture, which becomes <start_of_image>.
+        second_text: whether the second of two texts is the prompt.
     """
     n, length = layout.n_image, len(raw)
     texts = split_texts(raw, n, ids.pad)
@@ -83,11 +83,11 @@ def text_to_image(raw: Tensor, ids: SpecialIds, layout: LayoutConfig, second_tex
 
 
 def draw_patches(generator: torch.Generator, layout: LayoutConfig, whole_grid: bool = False) -> list[tuple[int, int]]:
-    """Top-left corners (row, column) of the patches to fill in, without repetition.
+    """Top-left corners (row, column) of the patches to fill in, all different.
 
     Args:
-        whole_grid: False, as in the original: corners come from a range one too short, so that no patch ever
-            covers the last row or column. True: they may lie wherever a patch fits.
+        whole_grid: True: corners may lie wherever a patch fits. False, as in the original: their range is one too
+            short, so that no patch ever covers the last row or column.
     """
     side = layout.grid - layout.patch_size + whole_grid
     codes = torch.randperm(side * side, generator=generator)[: layout.n_patches]
@@ -95,7 +95,7 @@ def draw_patches(generator: torch.Generator, layout: LayoutConfig, whole_grid: b
 
 
 def patch_cells(corners: list[tuple[int, int]], layout: LayoutConfig) -> tuple[Tensor, Tensor]:
-    """The cells inside any patch, and those of them that predict their right neighbour in the patch.
+    """The cells inside any patch, and those among them that predict their right neighbour in the same patch.
 
     Returns:
         two (n,) bool tensors in raster order.
@@ -115,17 +115,17 @@ def image_to_text(
     languages: list[int],
     corners: list[tuple[int, int]],
 ) -> Sample:
-    """Caption and fill in: each text follows the picture; in the picture, patches follow the rest of it.
+    """Learn to caption and to fill in: texts are predicted from the picture, its patches from the cells around them.
 
     Args:
-        raw: (S,) as above, with at least one pad before the picture.
+        raw: (S,) as in ``text_to_image``, with at least one pad before the picture.
         languages: the language token (English or Chinese) of each text.
-        corners: patch corners from ``draw_patches``; none makes the whole picture context.
+        corners: patch corners from ``draw_patches``; with none, the whole picture is context.
     """
     n, length = layout.n_image, len(raw)
     first = length - n
     tokens = raw.clone()
-    tokens[1:first] = raw[: first - 1]  # room for the first language token
+    tokens[1:first] = raw[: first - 1]  # makes room for the first language token
     positions = torch.zeros(length, dtype=torch.long)
     positions[first:] = torch.arange(layout.max_text + 1, layout.max_text + 1 + n)
     inside, predicts = patch_cells(corners, layout)
@@ -138,7 +138,7 @@ def image_to_text(
     loss_mask = torch.zeros(length, dtype=torch.bool)
     loss_mask[first:] = predicts
     for language, (start, end) in zip(languages, split_texts(raw, n, ids.pad), strict=True):
-        rows = slice(start, end + 1)  # the language token stands where the pad before the text was
+        rows = slice(start, end + 1)  # the language token takes the place of the pad before the text
         size = end + 1 - start
         tokens[start] = language
         positions[rows] = torch.arange(size)
@@ -149,7 +149,7 @@ def image_to_text(
 
 
 def span_lengths(draws: list[int], length: int, share: float = 0.15) -> list[int]:
-    """Take drawn span lengths (at least 1) in order until the next one would pass ``share * length``."""
+    """Take drawn span lengths in order, each at least 1, while their sum is at most ``share * length``."""
     taken: list[int] = []
     for draw in draws:
         if sum(taken) + max(draw, 1) > share * length:
@@ -159,7 +159,7 @@ def span_lengths(draws: list[int], length: int, share: float = 0.15) -> list[int
 
 
 def span_starts(gaps: list[int], lengths: list[int]) -> list[int]:
-    """Turn distinct draws from ``range(length - sum(lengths))`` into starts: each moves past earlier spans."""
+    """Turn distinct draws from ``range(length - sum(lengths))`` into starts, each moved past all earlier spans."""
     starts, covered = [], 0
     for gap, size in zip(sorted(gaps), lengths, strict=True):
         starts.append(gap + covered)
@@ -168,7 +168,7 @@ def span_starts(gaps: list[int], lengths: list[int]) -> list[int]:
 
 
 def draw_spans(generator: torch.Generator, length: int, share: float = 0.15) -> list[tuple[int, int]]:
-    """(start, length) of the spans to predict: lengths are Poisson(3), places uniform."""
+    """(start, length) of the spans to predict: lengths are Poisson with mean 3, starts are uniform."""
     draws = torch.poisson(torch.full((length,), 3.0), generator=generator).int().tolist()
     lengths = span_lengths(draws, length, share)
     places = torch.randperm(length - sum(lengths), generator=generator)[: len(lengths)].tolist()
@@ -176,14 +176,14 @@ def draw_spans(generator: torch.Generator, length: int, share: float = 0.15) -> 
 
 
 def text_spans(raw: Tensor, spans: list[tuple[int, int]]) -> Sample:
-    """Text alone: spans are predicted in order, the text between them is context in both directions.
+    """Text alone: spans are predicted from left to right, and the text between them is context for every token.
+
+    A span's first token is given. Each token of the span predicts the one after it, so the token just after a span is
+    the last one predicted, and context continues one token later.
 
     Args:
         raw: (S,) text, no pads.
         spans: (start, length) in order, from ``draw_spans``.
-
-    The row just before a span is not its context but its first predicting row, so the context between two
-    spans runs from one past the end of the earlier one to the start of the later one.
     """
     length = len(raw)
     context = torch.zeros(length, dtype=torch.bool)
@@ -200,7 +200,7 @@ def text_spans(raw: Tensor, spans: list[tuple[int, int]]) -> Sample:
 
 
 def inference(n_text: int, length: int, layout: LayoutConfig) -> tuple[Tensor, Tensor]:
-    """Positions and mask for drawing: text is context, everything after it is causal.
+    """Positions and mask for generating a picture: the text is context, everything after it is causal.
 
     Returns:
         positions (S,) and mask (S, S) for ``n_text`` text tokens, <start_of_image>, and picture tokens.
@@ -212,16 +212,16 @@ def inference(n_text: int, length: int, layout: LayoutConfig) -> tuple[Tensor, T
 
 
 def completion_order(region: Tensor) -> tuple[Tensor, Tensor]:
-    """The order in which a picture with a hole is laid out: first what stays in view, then the hole.
+    """The order of a picture's cells in the sequence when it has a hole: first the kept cells, then the hole.
 
-    A kept cell whose right neighbour is in the hole moves to the second part with its true token, so that the
-    first cell of every run has its left neighbour just before it.
+    A kept cell whose right neighbour is in the hole moves to the second part, with its true token. So every run of
+    missing cells has its left neighbour just before it.
 
     Args:
-        region: (grid, grid), 1 = cell to generate anew.
+        region: (grid, grid), 1 where a cell is generated anew.
 
     Returns:
-        raster indices of the first part and of the second part, each in raster order.
+        raster indices of the first and of the second part, each in raster order.
     """
     hole = region.bool()
     second = hole.clone()
@@ -231,7 +231,7 @@ def completion_order(region: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def completion_mask(n_text: int, n_context: int, length: int) -> Tensor:
-    """(S, S): causal; all see the text; rows after the start token see every kept cell of the first part."""
+    """(S, S): causal, but text sees all text, and every token after <start_of_image> sees the whole first part."""
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     mask[:n_text, :n_text] = True
     mask[n_text + 1 :, :n_context] = True
@@ -241,13 +241,13 @@ def completion_mask(n_text: int, n_context: int, length: int) -> Tensor:
 def completion(
     text: Tensor, picture: Tensor, region: Tensor, ids: SpecialIds, layout: LayoutConfig
 ) -> tuple[Sample, int]:
-    """Fill a hole: text and start token, kept cells, then the hole and its left borders.
+    """The sequence for filling a hole: text, <start_of_image>, kept cells, then the hole with its left neighbours.
 
     Args:
-        text: (n_text,) int64. picture: (grid * grid,) codes. region: (grid, grid), 1 = generate anew.
+        text: (n_text,) int64. picture: (grid * grid,) codes. region: (grid, grid), 1 where cells are generated anew.
 
     Returns:
-        the sequence, with -1 where a token is to be generated, and the length of its first part.
+        the sequence, with -1 where a token is to be generated, and the number of tokens before its second part.
     """
     first, second = completion_order(region)
     codes = torch.where(region.flatten().bool(), -1, picture)
@@ -261,7 +261,7 @@ def completion(
 
 
 def completion_training(text: Tensor, picture: Tensor, region: Tensor, ids: SpecialIds, layout: LayoutConfig) -> Sample:
-    """``completion`` with the true codes in place: each row before a cell of the hole predicts that cell.
+    """``completion`` for training: the hole holds the true codes, and the token before each of its cells predicts it.
 
     The original never trains on this mask.
     """
@@ -274,10 +274,10 @@ def completion_training(text: Tensor, picture: Tensor, region: Tensor, ids: Spec
 
 
 def caption_scoring(picture: Tensor, text: Tensor, language: int, layout: LayoutConfig) -> Sample:
-    """Score a caption given a picture: the picture in both directions, then language token and text, causal.
+    """Score a caption of a picture: the picture is context; the language token and the text after it are causal.
 
     Args:
-        picture: (n,) codes. text: (n_text,). language: the language token, which is not a target.
+        picture: (n,) codes. text: (n_text,). language: the language token, which is not itself predicted.
     """
     n = len(picture)
     tokens = torch.cat([picture, torch.tensor([language]), text])
@@ -290,7 +290,7 @@ def caption_scoring(picture: Tensor, text: Tensor, language: int, layout: Layout
 
 
 def pad_right(sample: Sample, length: int, pad: int) -> Sample:
-    """Lengthen a training sample with pads that see only themselves, are seen by nobody and predict nothing."""
+    """Lengthen a training sample with pads that see only themselves, are seen by no other token and predict nothing."""
     extra = length - len(sample.tokens)
     mask = torch.eye(length, dtype=torch.bool)
     mask[: len(sample.tokens), : len(sample.tokens)] = sample.mask

@@ -1,8 +1,8 @@
-"""Pictures going in and coming out: files, PIL images and tensors; shown, put on a contact sheet, written to files.
+"""Pictures as files, PIL images and tensors: reading, showing, arranging on contact sheets, and writing them.
 
-The idea: what the toy draws is 32 pixels wide, too small for the eye, so pictures are shown with every pixel as
-a square of several; the pictures themselves stay as they were made. A file is written beside its place and then
-renamed, so that nobody ever finds half a picture.
+The idea: the toy's coarse pictures are 32 pixels wide, too small for the eye, so a notebook shows each pixel as a
+larger square; the pictures themselves do not change. A file is written under a temporary name and then renamed, so
+that nobody ever finds half a picture.
 
 Shapes: ``n`` pictures, ``grid`` tokens along each side; ``H`` x ``W`` pixels.
 """
@@ -22,20 +22,20 @@ from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
 
-VISIBLE = 128  # pixels: smaller pictures are enlarged in a notebook
+VISIBLE = 128  # pixels; a notebook shows smaller pictures enlarged
 
 
-Picture = str | Path | Image.Image | Tensor  # what a user may hand in
+Picture = str | Path | Image.Image | Tensor  # a file, a PIL image or a tensor, wherever a user gives a picture
 
 
 # --- pictures between files, PIL and tensors
 
 
 def to_tensor(picture: Picture) -> Tensor:
-    """A picture as float32 (3, H, W), 0..1, transparent parts on white.
+    """A picture as float32 (3, H, W) in 0..1; transparent parts become white.
 
     Raises:
-        MiniCogViewError: if the file is missing or no picture, or a tensor is not (3, H, W).
+        MiniCogViewError: if the file is missing or not a picture, or a tensor is not (3, H, W).
     """
     if isinstance(picture, Tensor):
         if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
@@ -48,30 +48,30 @@ def to_tensor(picture: Picture) -> Tensor:
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """A file, a PIL image or a tensor (3, H, W) as an upright PIL image, RGB or RGBA; raises as ``to_tensor`` does."""
+    """A file, PIL image or tensor (3, H, W) as an upright PIL image, RGB or RGBA; raises as ``to_tensor`` does."""
     if isinstance(picture, Tensor):
         return to_pil(to_tensor(picture))
     return upright(picture if isinstance(picture, Image.Image) else open_picture(picture))
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture as one sees it: turned as its EXIF data says, 8 bits, RGB, or RGBA where parts are transparent."""
-    if image.mode.startswith("I;16"):  # grey with 16 bits, which convert() would clip to white
+    """A picture as a viewer shows it: rotated as its EXIF data says, 8-bit, RGB, or RGBA if parts are transparent."""
+    if image.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip to white
         image = image.point(lambda value: value / 256).convert("L")
     return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """A picture tensor (3, H, W), 0..1 (values outside are clamped), as a PIL image."""
+    """A picture tensor (3, H, W) in 0..1 (values outside are clamped) as a PIL image."""
     array = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(rearrange(array, "c h w -> h w c").contiguous().numpy())
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Read a picture file whole, so that a damaged one is noticed here; too large ones are refused unread.
+    """Read the whole of a picture file, so that damage is noticed here; a file that is too large is not read.
 
     Raises:
-        MiniCogViewError: if the file is missing, no picture, damaged, or of more pixels than PIL takes.
+        MiniCogViewError: if the file is missing, damaged, not a picture, or has more pixels than PIL accepts.
     """
     try:
         with Image.open(path) as image:
@@ -88,17 +88,17 @@ def open_picture(path: str | Path) -> Image.Image:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pictures:
-    """Pictures of one text: a sequence of PIL images that shows itself in a notebook.
+    """Pictures of one prompt: a sequence of PIL images that shows itself in a notebook.
 
     Attributes:
-        images: as the last stage made them, not enlarged.
+        images: the pictures of the last stage that ran, not enlarged.
         tokens: (n, grid, grid) int64 picture codes of the first stage.
-        scores: (n,) float32, mean log-probability of the drawn tokens in nats, before temperature and top-k.
-        text: what was asked for. seeds: one for each picture.
-        caption_scores: (n,) float32, how likely the text is as a caption of each picture (mean log-probability of its
-            tokens in nats), best first; None where nothing was selected by it.
-        coglm, direct, iterative: the pictures after each stage; None for a stage that was left out.
-        fine_tokens: (n, fine grid, fine grid) int64 picture codes of the last stage; None after the first.
+        scores: (n,) float32, mean log-probability of these tokens in nats, before temperature and top-k.
+        text: the prompt. seeds: one for each picture.
+        caption_scores: (n,) float32, how likely the prompt is as a caption of each picture (mean log-probability of its
+            tokens in nats), best first; None if pictures were not selected by this score.
+        coglm, direct, iterative: the pictures after each stage; None for a stage that did not run.
+        fine_tokens: (n, fine grid, fine grid) int64 picture codes of the last stage; None if only the first ran.
     """
 
     images: list[Image.Image]
@@ -132,7 +132,7 @@ class Pictures:
         return Pictures(images, self.tokens[kept], self.scores[kept], self.text, seeds, scores[:keep], coglm=images)
 
     def sheet(self, scale: int | None = None) -> Image.Image:
-        """All pictures on one, at most 8 in a row; ``scale`` as for ``enlarge``, None: well visible."""
+        """All pictures on one sheet, at most 8 in a row; ``scale`` as for ``enlarge``, None: large enough to see."""
         return contact_sheet([self.images], scale or scale_to(self.images[0].width, VISIBLE))
 
     def _repr_png_(self) -> bytes:
@@ -147,7 +147,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def scale_to(side: int, pixels: int) -> int:
-    """The least whole scale that makes ``side`` at least ``pixels``.
+    """The smallest integer scale that makes ``side`` at least ``pixels``.
 
     Example:
         >>> scale_to(32, 128), scale_to(160, 128), scale_to(480, 128)
@@ -157,7 +157,7 @@ def scale_to(side: int, pixels: int) -> int:
 
 
 def enlarge(image: Image.Image, scale: int) -> Image.Image:
-    """Every pixel as a square of ``scale`` pixels.
+    """The picture with every pixel as a square of ``scale`` x ``scale`` pixels.
 
     Raises:
         MiniCogViewError: if the scale is below 1.
@@ -168,7 +168,7 @@ def enlarge(image: Image.Image, scale: int) -> Image.Image:
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], scale: int = 1, columns: int = 8, gap: int = 4) -> Image.Image:
-    """Pictures of one size on a grid: each row begins a new line, a longer one than ``columns`` breaks.
+    """Pictures of one size on one sheet: each row starts on a new line and breaks after ``columns`` pictures.
 
     Args:
         scale: see ``enlarge``. gap: white pixels around every picture.
@@ -184,10 +184,10 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], scale: int = 1, columns
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG file, whole or not at all; its folder is made.
+    """Write a PNG file, either complete or not at all; its folder is created if needed.
 
     Raises:
-        MiniCogViewError: if the folder cannot be made or written to.
+        MiniCogViewError: if the folder cannot be created or written to.
     """
     part = path.with_name(f".{path.name}.part")
     try:

@@ -1,20 +1,20 @@
-"""From text to pictures, and everything else that one set of weights can do, as one object.
+"""The whole system as one object: text to pictures, pictures to text, and pictures to edited pictures.
 
-The idea: a system is a transformer (``coglm.py``), a tokenizer with its picture half (``tokenizer.py``,
-``vqvae.py``) and the settings of the sampler (``sampling.py``). ``CogView2`` puts them together so that a
-person can hand in words and pictures and get words and pictures back.
-CogView2 (arXiv 2204.14217), section 3; mirrors the original's ``cogview2_text2image.py`` and
-``cogview2_completion.py``.
+The idea: a system is CogLM (``coglm.py``), a tokenizer for text (``tokenizer.py``) and pictures (``vqvae.py``), sampler
+settings (``sampling.py``) and super-resolution (``upsampling.py``). ``CogView2`` joins them, so that a user gives words
+and pictures and gets words and pictures back. CogView2 (arXiv 2204.14217), section 3; mirrors the original's
+``cogview2_text2image.py`` and ``cogview2_completion.py``.
 
 Shapes: ``n`` pictures, ``grid`` tokens along each side, ``K`` picture codes.
 
-Different on purpose: a picture follows from its own seed alone, whatever is drawn beside it. In an edited picture the
-tokens outside of the mask are the picture's own on the fine grid too, not a sharpened guess.
+Different on purpose: a picture depends on its own seed alone, whatever is drawn beside it. In an edited picture, the
+fine tokens outside the mask are the picture's own too; super-resolution does not predict them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from minicogview.checkpoints.files import load_vqvae
 from minicogview.checkpoints.loading import check_fit, find_folder, load_stages, plan_for, preset_of
-from minicogview.clusters import Clusters, cluster_codebook, load_labels
+from minicogview.clusters import Clusters, clusters_for, load_labels
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig, replace_settings
-from minicogview.editing import CONTEXT, Mask, crop_box, paste, to_mask, token_region
+from minicogview.editing import CONTEXT, Mask, check_region, crop_box, paste_all, to_mask, token_region
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import Picture, Pictures, to_image
 from minicogview.sampling import Sampler
@@ -41,21 +41,21 @@ from minicogview.tokenizer import Tokenizer
 from minicogview.upsampling import Progress, Upsampler
 from minicogview.vqvae import VQVAE
 
-BATCH = 32  # pictures that are drawn side by side, unless the plan says fewer; more of them wait for their turn
+BATCH = 32  # pictures that CogLM draws side by side, unless the plan for the memory says fewer
 
 
 @dataclass(eq=False)
 class CogView2:
-    """Text to pictures, pictures to text, and pictures with a hole to whole ones.
+    """Text to pictures, pictures to text, and pictures to edited pictures.
 
     Attributes:
-        coglm: the transformer.
-        tokenizer: with its picture half; its ``level`` is the rate that ``coglm`` draws at.
-        sampling: defaults of every call. ``n_clusters`` 0 stands for plain top-k.
-        labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
+        coglm: the first stage.
+        tokenizer: of text and pictures; its ``level`` is the one that ``coglm`` was trained on.
+        sampling: the sampler's settings, for calls that do not change them.
+        labels: (K,) cluster of each picture code; None: computed by k-means on the codebook when first needed.
         upsampler: both super-resolution stages; None: pictures stay as coarse as ``coglm`` draws them.
-        offload: brings in the weights of the stage at work; None: all are in memory.
-        plan: how each stage has its weights; None: in memory.
+        offload: loads the weights of the stage that is about to run; None: all are in memory.
+        plan: how the weights of each stage are stored; None: in memory.
 
     Example:
         >>> model = CogView2.from_pretrained("toy")
@@ -75,7 +75,7 @@ class CogView2:
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        self._clusters: dict[int, Clusters] = {}
+        self._clusters: dict[int, Clusters | None] = {}
         self.coglm.decoding = fast_steps
 
     @classmethod
@@ -91,20 +91,20 @@ class CogView2:
         """Load a preset whose weights ship with the package, or a folder of weights.
 
         Args:
-            source: "toy"; or a folder with ``vqvae.safetensors``, ``coglm.safetensors``, ``text.model`` and
-                perhaps ``direct.safetensors``, ``iterative.safetensors`` and the original's ``cluster_label.npy``.
-                Sizes are read from these files.
-            preset: of a folder: which preset's tokenizer rate and sampler settings to use; None: of the one
-                that has the sizes in the files.
-            device: where the models go.
-            offload: have the weights of one stage at a time in memory, and read those of the next when its turn comes.
-            memory: how much there is, such as "6GB": chooses how each stage has its weights (``scale/plan.py``); "auto":
-                what is free. Or a plan.
-            dtype: of the computation: "float32", "bfloat16", "float16"; "auto": by the size of the model.
+            source: "toy", or a folder with ``vqvae.safetensors``, ``coglm.safetensors``, ``text.model`` and perhaps
+                ``direct.safetensors``, ``iterative.safetensors`` and the original's ``cluster_label.npy``. Sizes are
+                read from these files.
+            preset: for a folder, the preset whose tokenizer level and sampler settings to use; None: the one whose
+                sizes the files have.
+            device: where the models run.
+            offload: keep the weights of only one stage in memory, and load those of the next when it is about to run.
+            memory: how much memory to use, such as "6GB", from which a plan for each stage's weights is made
+                (``scale/plan.py``); "auto": all that is free. Or a plan.
+            dtype: "float32", "bfloat16" or "float16", for computing; "auto": depends on the size of the model.
 
         Raises:
-            MiniCogViewError: if there is no such preset or folder, a file is missing, damaged or of another model, or
-                so little memory is not enough.
+            MiniCogViewError: if there is no such preset or folder, a file is missing, damaged or belongs to another
+                model, or the memory is not enough.
         """
         folder = find_folder(source)
         if preset is None and isinstance(source, str) and source in PRESETS:
@@ -127,7 +127,7 @@ class CogView2:
 
     @property
     def vqvae(self) -> VQVAE:
-        """The tokenizer's picture half."""
+        """The picture tokenizer."""
         assert self.tokenizer.vqvae is not None, "CogView2 needs a tokenizer that was made with a VQVAE"
         return self.tokenizer.vqvae
 
@@ -143,33 +143,28 @@ class CogView2:
 
     @property
     def batch(self) -> int:
-        """Pictures that are drawn side by side."""
+        """How many pictures CogLM draws side by side; the others wait for their turn."""
         return (self.plan and self.plan.batch) or BATCH
 
     @property
     def n_stages(self) -> int:
-        """Stages that there are weights for: 1 is CogLM, 2 adds the direct stage, 3 the iterative one."""
+        """Number of stages with weights: 1 is CogLM, 2 adds the direct stage, 3 the iterative stage."""
         return 1 if self.upsampler is None else self.upsampler.n_stages
 
     def require_upsampler(self) -> Upsampler:
-        """Both super-resolution stages; an error where these weights have none."""
+        """Both super-resolution stages; raises MiniCogViewError if there are none."""
         if self.upsampler is None:
-            raise MiniCogViewError("these weights draw coarse pictures only: there is no direct.safetensors beside them")
+            raise MiniCogViewError("these weights draw coarse pictures only: there is no direct.safetensors with them")
         return self.upsampler
 
     def clusters(self, n_clusters: int) -> Clusters | None:
-        """Clusters of the picture codes, made once; None for ``n_clusters`` 0, which is plain top-k."""
-        if n_clusters == 0:
-            return None
+        """Clusters of the picture codes, computed once; None for ``n_clusters`` 0, which is plain top-k."""
         if n_clusters not in self._clusters:
-            labels = self.labels
-            if labels is None:
-                labels = cluster_codebook(self.vqvae.quantizer.codebook, n_clusters)
-            self._clusters[n_clusters] = Clusters.of(labels)
+            self._clusters[n_clusters] = clusters_for(n_clusters, self.vqvae.quantizer.codebook, self.labels)
         return self._clusters[n_clusters]
 
     def sampler(self, seeds: Sequence[int], sampling: SamplingConfig | None = None) -> Sampler:
-        """What draws the tokens of pictures with these seeds."""
+        """A sampler for the tokens of pictures with these seeds."""
         sampling = sampling or self.sampling
         return Sampler(seeds, sampling, self.clusters(sampling.n_clusters), self.grid**2)
 
@@ -178,10 +173,10 @@ class CogView2:
         return replace_settings(self.sampling, overrides)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, blanks around it left out.
+        """Token ids of a text, without blanks around it.
 
         Raises:
-            MiniCogViewError: if the text is empty, or has more tokens than fit.
+            MiniCogViewError: if the text is empty, or has more tokens than there are positions.
         """
         ids = self.tokenizer.encode(text.strip())
         if not ids:
@@ -190,9 +185,9 @@ class CogView2:
         return ids
 
     def codes(self, picture: Picture) -> Tensor:
-        """Picture codes (grid, grid) of a file, a PIL image or a (3, H, W) tensor, which is made square.
+        """Picture codes (grid, grid) of a file, a PIL image or a (3, H, W) tensor, which is resized to a square.
 
-        A tensor (grid, grid) is taken for codes and given back.
+        A tensor (grid, grid) is taken to be codes already and returned.
 
         Raises:
             MiniCogViewError: if the picture cannot be read, or codes have another shape or range.
@@ -219,28 +214,28 @@ class CogView2:
         stages: int | None = None,
         **sampling: float,
     ) -> Pictures:
-        """Draw ``n`` pictures of a text and sharpen them.
+        """Draw ``n`` pictures of a text and upsample them.
 
         Args:
             text: English or Chinese.
-            seed: picture ``i`` follows from ``seed + i`` alone, not from ``n``.
-            on_step: called with the name of the stage at work, how much of it is done, and of how much.
-            keep: post-selection: of the ``n`` pictures return only these many, those whose text the same model finds
-                the likeliest caption, best first; only those are sharpened. None: all, in the order of their seeds.
-            stages: stop after so many; None: all that there are weights for.
-            sampling: ``temperature``, ``top_k``, ``guidance`` and so on instead of the preset's; see
+            seed: picture ``i`` depends on ``seed + i`` alone, not on ``n``.
+            on_step: called with the name of the current stage, the number of steps done, and their total.
+            keep: post-selection: return and upsample only this many of the ``n`` pictures, those for which the same
+                model finds the text the likeliest caption, best first. None: all, in the order of their seeds.
+            stages: how many stages to run; None: all that have weights.
+            sampling: ``temperature``, ``top_k``, ``guidance`` and so on, instead of the preset's settings; see
                 ``config.SamplingConfig``.
 
         Raises:
-            MiniCogViewError: if the text is empty or too long, n is below 1, keep is not between 1 and n, there are
-                not so many stages, or a setting is wrong.
+            MiniCogViewError: if the text is empty or too long, ``n`` is below 1, ``keep`` is not between 1 and ``n``,
+                there are fewer than ``stages`` stages, or a setting is wrong.
         """
         settings, ids, stages = self.settings(sampling), self.encode(text), self._stages(stages)
         if keep is not None and not 1 <= keep <= n:
             raise MiniCogViewError(f"keep is {keep}: keep 1 to n = {n} of the pictures")
 
         def draw(seeds: list[int], done: int) -> Filled:
-            total = -(-n // self.batch) * self.grid**2
+            total = math.ceil(n / self.batch) * self.grid**2
             report = None if on_step is None else lambda step: on_step("coglm", done + step, total)
             sampler = self.sampler(seeds, settings)
             return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
@@ -257,19 +252,14 @@ class CogView2:
 
         Args:
             picture: file, PIL image, tensor (3, H, W), or codes (grid, grid).
-            region: (grid, grid) tensor, array or lists, 1 = draw anew.
+            region: (grid, grid) tensor, array or lists, 1 where the picture is drawn anew.
             n, seed, sampling: as for ``generate``; guidance has no effect here.
 
         Raises:
-            MiniCogViewError: as ``generate``; or if the region has another shape, or nothing is to be drawn.
+            MiniCogViewError: as ``generate``; or if the region has another shape or is empty.
         """
         settings, ids, codes = self.settings(sampling), self.encode(text), self.codes(picture)
-        hole = torch.as_tensor(region).bool()
-        if hole.shape != (self.grid, self.grid) or not hole.any():
-            raise MiniCogViewError(
-                f"region of shape {tuple(hole.shape)} with {int(hole.sum())} cells to draw: "
-                f"give ({self.grid}, {self.grid}) with 1 where the picture is to be drawn anew"
-            )
+        hole = check_region(region, self.grid)
 
         def draw(seeds: list[int], done: int) -> Filled:
             sampler = self.sampler(seeds, settings)
@@ -288,37 +278,33 @@ class CogView2:
         context: float = CONTEXT,
         **sampling: float,
     ) -> Pictures:
-        """Draw what a mask marks anew, in a picture of any size; pixels outside of the mask stay as they are.
+        """Draw the marked part of a picture of any size anew; pixels outside the mask do not change (``editing.py``).
 
         Args:
-            text: what the cut-out around the mask shows when it is done.
+            text: describes the cut-out as it should be afterwards.
             picture: file, PIL image, or tensor (3, H, W).
             mask: array or tensor (H, W), or a picture of that size; see ``editing.to_mask``.
             n, seed, sampling: as for ``complete``. stages: as for ``generate``.
-            context: side of the cut-out / longer side of the mask: more of it shows the models more surroundings.
+            context: side of the cut-out / longer side of the mask; more of it shows the models more surroundings.
 
         Returns:
             whole pictures, after each stage; their ``tokens`` are those of the cut-out.
 
         Raises:
-            MiniCogViewError: as ``complete``; or if the mask has another size than the picture, or marks nothing, or
-                context is below 1.
+            MiniCogViewError: as ``complete``; or if the mask does not have the picture's size or marks nothing, or
+                ``context`` is below 1.
         """
         image = to_image(picture)
         chosen = to_mask(mask, (image.height, image.width))
         top, left, bottom, right = box = crop_box(chosen, context, self.grid)
-        stages, cut, hole = self._stages(stages), image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
+        cut, hole = image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
+        stages = self._stages(stages)
         drawn = self.complete(text, self.codes(cut), token_region(hole, self.grid), n, seed, **sampling)
         if stages > 1 and self.upsampler is not None:
             side = self.upsampler.grid
             own = self.tokenizer.encode_picture(cut, size=self.size * side // self.grid).flatten()
             drawn = self.upsample(drawn, stages, keep=(own.cpu(), token_region(hole, side)))
-        pasted: dict[str, Any] = {
-            name: [paste(image, patch, box, chosen) for patch in patches]
-            for name in ("coglm", "direct", "iterative")
-            if (patches := getattr(drawn, name)) is not None
-        }
-        return dataclasses.replace(drawn, images=list(pasted.values())[-1], **pasted)
+        return paste_all(image, drawn, box, chosen)
 
     def upsample(
         self,
@@ -327,11 +313,10 @@ class CogView2:
         on_step: Progress | None = None,
         keep: tuple[Tensor, Tensor] | None = None,
     ) -> Pictures:
-        """Coarse pictures through the other stages.
+        """Run the super-resolution stages on coarse pictures.
 
         Args:
-            stages, on_step: as for ``generate``.
-            keep: as for ``Upsampler.run``.
+            stages, on_step: as for ``generate``. keep: as for ``Upsampler.run``.
         """
         stages, upsampler = self._stages(stages), self.upsampler
         if stages == 1 or upsampler is None:
@@ -350,15 +335,15 @@ class CogView2:
         )
 
     def caption(self, picture: Picture, language: str = "en") -> str:
-        """Describe a picture in words, "en" or "zh": the likeliest word after word."""
+        """Describe a picture in English ("en") or Chinese ("zh"), always choosing the likeliest token."""
         self._need_coglm()
-        codes = self.codes(picture).flatten()
-        return self.tokenizer.decode(self.coglm.caption(codes, self._start(language), self.tokenizer.eos))
+        codes, start = self.codes(picture).flatten(), self.tokenizer.start_token(language)
+        return self.tokenizer.decode(self.coglm.caption(codes, start, self.tokenizer.eos))
 
     def score(self, picture: Picture, texts: Sequence[str]) -> Tensor:
         """How well each text describes a picture: (texts,) mean log-probability of its tokens in nats.
 
-        Texts of both languages may be mixed. Post-selection keeps the pictures that score highest.
+        Both languages may be mixed. Post-selection keeps the pictures for which the prompt scores highest.
         """
         self._need_coglm()
         codes = self.codes(picture).flatten()[None]
@@ -373,40 +358,35 @@ class CogView2:
     # --- helpers
 
     def _caption_scores(self, ids: list[int], tokens: Tensor) -> Tensor:
-        """(n,) mean log-probability of one text's tokens as the caption of each picture (n, grid, grid)."""
+        """Mean log-probability (n,) of one text's tokens as the caption of each picture (n, grid, grid)."""
         self._need_coglm()
         texts, start = [[*ids, self.tokenizer.eos]] * self.batch, self.tokenizer.language_token(ids)
         batches = tokens.flatten(1).split(self.batch)
         return torch.cat([self.coglm.score_captions(b, texts[: len(b)], start).cpu() for b in batches])
 
     def _need_coglm(self) -> None:
+        """Have CogLM's weights loaded, if they are offloaded."""
         if self.offload is not None:
             self.offload.need("coglm")
 
     def _stages(self, stages: int | None) -> int:
-        """``stages``, or all there are; an error if there are not so many."""
+        """``stages``, or all there are if it is None; raises MiniCogViewError if there are fewer."""
         if stages is not None and not 1 <= stages <= self.n_stages:
             raise MiniCogViewError(f"stages is {stages}: these weights have 1 to {self.n_stages}")
         return self.n_stages if stages is None else stages
 
-    def _start(self, language: str) -> int:
-        starts = {"en": self.tokenizer.boe, "zh": self.tokenizer.boc}
-        if language not in starts:
-            raise MiniCogViewError(f"no captions in language {language!r}: choose en or zh")
-        return starts[language]
-
     def _in_batches(self, draw: Callable[[list[int], int], Filled], text: str, n: int, seed: int) -> Pictures:
-        """Call ``draw(seeds, tokens done before)`` for a batch of pictures at a time; decode what it returns."""
+        """Call ``draw(seeds, tokens done before)`` for one batch of pictures after another, and decode their tokens."""
         if n < 1:
             raise MiniCogViewError(f"n is {n}: ask for 1 picture or more")
         if not 0 <= seed <= 2**63 - n:
-            raise MiniCogViewError(f"seed is {seed}: use a whole number from 0 to 2 ** 63 - n")
+            raise MiniCogViewError(f"seed is {seed}: use an integer from 0 to 2 ** 63 - n")
         self._need_coglm()
         seeds = list(range(seed, seed + n))
         starts = range(0, n, self.batch)
         drawn = [draw(seeds[i : i + self.batch], i // self.batch * self.grid**2) for i in starts]
         tokens = rearrange(torch.cat([part.tokens for part in drawn]), "n (h w) -> n h w", h=self.grid).cpu()
-        # One by one: in a batch the decoder rounds differently, and a picture must not depend on its neighbours.
+        # One by one: the decoder rounds differently in a batch, and a picture must not depend on its neighbours.
         images = [self.tokenizer.decode_picture(codes) for codes in tokens]
         scores = torch.cat([part.scores for part in drawn]).cpu()
         return Pictures(images, tokens, scores, text, seeds, coglm=images)

@@ -1,19 +1,19 @@
 """From logits to a token: temperature, top-k, cluster sampling and classifier-free guidance.
 
-A picture codebook holds many near-identical rows. Plain top-k keeps k copies of the same colour and cuts
-off every other idea; cluster sampling first draws one of the k likeliest *groups* of similar tokens
-(``clusters.py``), then a token inside that group.
+Plain top-k keeps the k likeliest tokens. It rests on an assumption that nobody states: that two different tokens are
+two different ideas. A picture codebook holds many near-identical rows, so top-k may keep k copies of one colour and cut
+off every other idea. Cluster sampling first draws one of the k likeliest *groups* of similar tokens (``clusters.py``),
+then a token inside that group.
 
-Source: CogView2 (Ding et al. 2022), section 4.2 and appendix; mirrors ``coglm_strategy.py`` and
+Source: CogView2 (Ding et al. 2022), section 4.2 and appendix. Mirrors ``coglm_strategy.py`` and
 ``sr_pipeline/dsr_sampling.py`` of the official code (cluster samplers) and its LoPAR sampler (top-k).
 
-Legend: ``B`` rows (any leading shape works), ``V`` tokens, ``C`` clusters, ``M`` members of the largest
-cluster, ``K`` choices kept, ``D`` width of a codebook row.
+Shapes: ``B`` rows (any leading shape works), ``V`` tokens, ``C`` clusters, ``M`` members of the largest cluster,
+``K`` choices kept, ``D`` width of a codebook row.
 
-Deliberately different: randomness is one table of uniform numbers per picture, drawn from that picture's own
-seed and turned into tokens by inverting the cumulative distribution. So nothing loops over the batch, and
-picture i does not depend on how many are drawn beside it. ``clusters=None`` is the plain top-k sampler, and
-temperature 0 takes the likeliest token.
+Different on purpose: each picture has a table of uniform random numbers, generated from its own seed and turned into
+tokens by inverting the cumulative distribution. So nothing loops over the batch, and a picture does not depend on
+how many are drawn beside it. ``clusters=None`` is the plain top-k sampler, and temperature 0 takes the likeliest token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minicogview.clusters import Clusters
 from minicogview.config import SamplingConfig
 from minicogview.errors import MiniCogViewError
 
-# --- what may be drawn, and how likely it is: the samplers and the exact distributions both call these
+# --- which choices are kept, and how likely each is: both the samplers and the exact distributions call these
 
 
 def top_k_choices(logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def member_choices(
 ) -> tuple[Tensor, Tensor]:
     """The tokens (B, M) of one chosen ``cluster`` (B,) per row, and their probabilities (B, M) inside it.
 
-    ``temperature`` is the product of the first and the second one.
+    ``temperature`` is the product of the first and the second temperature.
     """
     tokens = clusters.members[cluster]
     inside = logits.float().gather(-1, tokens) / temperature + clusters.bias[cluster]
@@ -75,7 +75,7 @@ def top_k_probabilities(logits: Tensor, temperature: float, top_k: int) -> Tenso
     Args:
         logits: (B, V), any float type.
         temperature: above 0.
-        top_k: tokens that stay in play.
+        top_k: number of tokens that may be drawn.
     """
     tokens, probability = top_k_choices(logits, temperature, top_k)
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, tokens, probability)
@@ -88,18 +88,18 @@ def cluster_probabilities(
     top_k: int,
     cluster_temperature: float = 1.0,
 ) -> Tensor:
-    """Probability (B, V) of every token under cluster sampling: stage one and direct super-resolution.
+    """Probability (B, V) of every token under cluster sampling, which CogLM and the direct stage use.
 
     Args:
         logits: (B, V), any float type.
         labels: (V,) cluster of each token, or the ``Clusters`` made from them.
         temperature: above 0; acts on clusters and on tokens.
-        top_k: *clusters* that stay in play; there is no limit on tokens.
-        cluster_temperature: second temperature, above 0; acts inside the drawn cluster only. The original
-            calls it ``top_k_cluster`` and ``temperature2``: both are temperatures, not counts.
+        top_k: number of *clusters* that may be drawn; the number of tokens is not limited.
+        cluster_temperature: second temperature, above 0; acts only inside the drawn cluster. The original calls it
+            ``top_k_cluster`` in one place and ``temperature2`` in another: both are temperatures, not counts.
 
     Raises:
-        MiniCogViewError: if there are not as many labels as logits.
+        MiniCogViewError: if the number of labels differs from the number of logits.
     """
     clusters = Clusters.of(labels)
     kept, mass = cluster_choices(logits, clusters, temperature, top_k)  # (B, K)
@@ -109,7 +109,7 @@ def cluster_probabilities(
             logits, clusters, kept[..., choice], temperature * cluster_temperature
         )
         share = mass[..., choice, None]
-        # Where a whole cluster was banned with -inf, `inside` is NaN and the share 0.
+        # Where all logits of a cluster are -inf, `inside` is NaN and the share is 0.
         result.scatter_add_(-1, tokens, torch.where(share > 0, share * inside, 0.0))
     return result
 
@@ -118,16 +118,16 @@ def cluster_probabilities(
 
 
 def uniforms(seeds: Sequence[int], n_draws: int) -> Tensor:
-    """The random numbers (B, n_draws, 2) of ``B`` pictures in [0, 1): row i follows from ``seeds[i]`` alone.
+    """Random numbers in [0, 1) for ``B`` pictures, (B, n_draws, 2): row i depends on ``seeds[i]`` alone.
 
-    They are made on the CPU whatever the model runs on, so a seed means the same picture everywhere.
+    They are always generated on the CPU, so that a seed means the same numbers on every device.
     """
     rows = [torch.rand(n_draws, 2, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
 
 
 def pick(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Index (B,) drawn from ``probability`` (B, K): where its cumulative sum passes ``uniform`` (B,)."""
+    """Index (B,) drawn from ``probability`` (B, K): the first where its cumulative sum exceeds ``uniform`` (B,)."""
     cumulative = probability.cumsum(-1)
     # Strictly below the last sum, so that rounding never picks an entry of probability 0.
     target = cumulative[..., -1:] * uniform[..., None].clamp(max=1 - 2.0**-23)
@@ -142,14 +142,14 @@ def sample(
     cluster_temperature: float = 1.0,
     clusters: Clusters | None = None,
 ) -> Tensor:
-    """Draw one token per row, vectorised over all of them.
+    """Draw one token per row, for all rows at once.
 
     Args:
-        logits: (B, V); any leading shape, so super-resolution passes (B, S, V).
-        noise: (B, 2) uniform numbers: the first picks the cluster (or the token of top-k), the second the
-            token inside the cluster.
+        logits: (B, V), with any leading shape: super-resolution passes (B, S, V).
+        noise: (B, 2) uniform random numbers: the first picks the cluster (with plain top-k, the token), the second
+            the token inside the cluster.
         temperature: 0 takes the likeliest token.
-        top_k: clusters kept, or tokens kept where ``clusters`` is None.
+        top_k: number of clusters kept; if ``clusters`` is None, of tokens kept.
         cluster_temperature: see ``cluster_probabilities``.
         clusters: None for the plain top-k sampler.
 
@@ -169,16 +169,16 @@ def sample(
 
 @dataclass(eq=False)
 class Sampler:
-    """What the generators call at every step: ``sampler(logits, step) -> tokens``.
+    """Draws the next token of every picture; generation calls it at every step: ``sampler(logits, step) -> tokens``.
 
-    Any callable of that signature can stand in for it; the parity tests put in a rule without randomness.
-    Picture i is drawn from ``seeds[i]`` alone: with seeds 0, 1, 2 its second picture is the first one of
-    seeds 1, 2, 3, and the same whether 2 or 20 are drawn (up to the rounding of the model's own sums).
+    Any callable with that signature can replace it; the parity tests use a rule without randomness. Picture i depends
+    on ``seeds[i]`` alone: the second picture of seeds 0, 1, 2 is the first picture of seeds 1, 2, 3, and it is the same
+    whether 2 or 20 are drawn (up to rounding in the model's sums).
 
     Attributes:
-        seeds: one per row of the batch.
+        seeds: one for each row of the batch.
         config: temperature, top-k and second temperature.
-        clusters: of the picture tokens, or None for plain top-k.
+        clusters: of the picture tokens; None for plain top-k.
         n_steps: the most tokens that one picture may need.
     """
 
@@ -191,9 +191,9 @@ class Sampler:
         self.noise = uniforms(self.seeds, self.n_steps)  # (B, n_steps, 2)
 
     def __call__(self, logits: Tensor, step: int | Tensor) -> Tensor:
-        """Tokens (B,) from logits (B, V), or (1, V) shared by all, at generation step ``step`` from 0.
+        """Tokens (B,) from logits (B, V), or (1, V) shared by all rows, at generation step ``step``, counted from 0.
 
-        Super-resolution draws many cells at once: then ``step`` is (S,), logits are (B, S, V), tokens (B, S).
+        Super-resolution draws many cells at once: then ``step`` is (S,), logits are (B, S, V) and tokens (B, S).
         """
         if self.noise.device != logits.device:
             self.noise = self.noise.to(logits.device)
@@ -205,14 +205,14 @@ class Sampler:
 
 @dataclass(eq=False)
 class NearestToMean:
-    """A sampler without chance: the code whose codebook row is nearest to the mean row of the distribution.
+    """A sampler without randomness: the code whose codebook row is nearest to the mean row under the distribution.
 
-    Of all codes it has the least expected squared distance to the true one, in the codebook's space: a decision by
-    minimum Bayes risk (Kumar & Byrne, 2004). The likeliest code has the least chance of being wrong, but may be far off
-    when it is. For super-resolution, which is judged by how near it comes; the original draws.
+    Of all codes it has the least expected squared distance to the true one, in codebook space: a decision by minimum
+    Bayes risk (Kumar & Byrne, 2004). The likeliest code is the least likely to be wrong, but when it is wrong it may be
+    far off. This suits super-resolution, which is judged by how close it comes. The original samples.
 
     Attributes:
-        codebook: (V, D). temperature: above 0; below 1 sharpens the distribution first.
+        codebook: (V, D). temperature: above 0; below 1, likely codes weigh even more in the mean.
     """
 
     codebook: Tensor
@@ -220,22 +220,25 @@ class NearestToMean:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise MiniCogViewError(f"temperature {self.temperature} is not above 0: there is no mean of one code")
+            raise MiniCogViewError(f"temperature {self.temperature} is not above 0: give a positive number")
 
     def __call__(self, logits: Tensor, step: int | Tensor) -> Tensor:
-        """Codes (B, S) from logits (B, S, V); ``step`` is not read."""
+        """Codes (B, S) from logits (B, S, V); ``step`` is not used."""
         codebook = self.codebook = self.codebook.to(logits.device)
         mean = (logits.float() / self.temperature).softmax(-1) @ codebook  # (B, S, D)
         return torch.cdist(mean, codebook).argmin(-1)
 
-# --- a dial in front of the sampler
+
+# --- guidance, which changes the logits before they are sampled
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on logits (Ho and Salimans 2022): away from "no text", towards the text.
 
+    Not in the original.
+
     Args:
-        cond, uncond: (B, V) logits with and without the caption.
-        scale: 1 gives ``cond`` back, above 1 exaggerates what the caption changes. Not in the original.
+        cond, uncond: (B, V) logits with and without the text.
+        scale: 1 returns ``cond``; a scale above 1 exaggerates what the text changes.
     """
     return torch.lerp(uncond, cond, scale)

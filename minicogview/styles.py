@@ -1,11 +1,11 @@
-"""The original's style recipes: words behind the text, and how freely tokens are drawn.
+"""The original's style recipes: words added to the prompt, and sampler settings that suit them.
 
-The idea: captions of the original's training pictures ended in words such as "oil painting style", so the same words
-behind a text ask for that look. The recipes are data from its text-to-image program; weights that never saw these
-words, such as the toy's, do not know them. CogView2's released code, ``cogview2_text2image.py``.
+The idea: captions of the original's training pictures ended in words such as "oil painting style", so adding the same
+words to a prompt asks for that look. Weights that never saw these words in training, such as the toy's, do not know
+them. The recipes come from CogView2's released code, ``cogview2_text2image.py``.
 
 Different on purpose: two of the recipes' temperatures never reach the original's super-resolution stages, and the
-iterative stage's top-k is overwritten by its schedule; they are left out here.
+iterative stage's top-k is overwritten by its schedule; these settings are left out here.
 
 Example:
     >>> STYLES["oil"].text("a cat")
@@ -24,18 +24,18 @@ from minicogview.pipeline import CogView2
 
 @dataclass(frozen=True)
 class Style:
-    """Attributes: suffix, put behind a text; what differs in the samplers of the first and of the direct stage."""
+    """Words to add to a prompt, and the sampler settings that differ from the preset's."""
 
-    suffix: str
-    sampling: dict[str, Any] = field(default_factory=dict)
-    direct: dict[str, Any] = field(default_factory=dict)
+    suffix: str  # added at the end of the prompt
+    sampling: dict[str, Any] = field(default_factory=dict)  # settings of the first stage
+    direct: dict[str, Any] = field(default_factory=dict)  # settings of the direct stage
 
     def text(self, text: str) -> str:
-        """The text with the style's words behind it."""
+        """The text with the style's words added."""
         return f"{text} {self.suffix}".strip()
 
     def model(self, model: CogView2) -> CogView2:
-        """The same weights with the style's settings of both samplers."""
+        """The same weights with the style's sampler settings."""
         upsampler = model.upsampler
         if upsampler is not None:
             sampling = dataclasses.replace(upsampler.preset.direct_sampling, **self.direct)
@@ -48,7 +48,7 @@ _FLAT = {"top_k": 5, "cluster_temperature": 0.4}
 
 STYLES: dict[str, Style] = {
     "none": Style(""),
-    "mainbody": Style("高清摄影 隔绝"),  # sharp photograph, isolated; the original's default for new pictures
+    "mainbody": Style("高清摄影 隔绝"),  # high-definition photograph, isolated; the original's default
     "photo": Style("高清摄影"),
     "flat": Style("平面风格", {"temperature": 1.1}, _FLAT),
     "comics": Style("漫画 隔绝", {"temperature": 1.1}, _FLAT),
@@ -64,7 +64,7 @@ def get_style(name: str) -> Style:
     """The style of this name.
 
     Raises:
-        MiniCogViewError: if there is none of that name; the message lists them.
+        MiniCogViewError: if there is no such style; the message lists them all.
     """
     if name not in STYLES:
         raise MiniCogViewError(f"unknown style {name!r}: choose one of {', '.join(STYLES)}")

@@ -1,21 +1,21 @@
-"""Direct super-resolution: three times as many tokens each way, all of them in one pass.
+"""Direct super-resolution: three times as many tokens along each side, all of them predicted in one forward pass.
 
-The idea: beside the text and the coarse picture ("low" level) stands a fine grid of tokens that all start as the
-same <start_of_image>. A fine token looks at the coarse cells around its own and at the fine tokens around itself,
-under one softmax (``local_attention.py``), and after the last layer each predicts its own code. Nothing tells two
-neighbours what the other one chose: that is what the iterative stage (``lopar.py``) is for.
-CogView2 (arXiv 2204.14217), section 3.3.
+The idea: the model holds two levels of tokens. The *low* level is the text and the coarse picture; the *fine* level is
+the finer grid to be predicted, whose tokens all start as <start_of_image>. A fine token looks at the coarse tokens
+around its place and at the fine tokens around itself, under one softmax (``local_attention.py``). After the last layer,
+each fine token predicts its own code. Neighbours do not know each other's choice; making them agree is the task of the
+iterative stage (``lopar.py``). CogView2 (arXiv 2204.14217), section 3.3.
 
-Mirrors: ``sr_pipeline/dsr_model.py`` and ``dsr_sampling.py`` of the official code. CogLM stays frozen inside; new are
-the attention weights of the fine level and its positions. Norms, MLPs and the token table serve both levels; with
-``own_layers``, which the toy has and the original has not, the fine level has norms and MLPs of its own too.
+Mirrors: ``sr_pipeline/dsr_model.py`` and ``dsr_sampling.py`` of the official code. It stands on CogLM, whose weights
+stay frozen; only the fine level's attention weights and positions are new. Both levels share norms, MLPs and the token
+embedding. With ``own_layers``, which the toy has but the original does not, the fine level has its own norms and MLPs.
 
 Shapes: ``B`` rows, ``L`` low slots (text slots + ``n`` coarse tokens), ``F`` fine tokens, ``D`` width, ``N`` heads,
-``H`` head size, ``V`` picture codes.
+``H`` head size, ``P`` positions of CogLM, ``V`` picture codes.
 
-Different on purpose: the original feeds the fine tokens one place late and then cuts one off, which cancels; here a
-slot predicts its own token. Texts too long for the slots are cut instead of failing later. A fine token may start as
-the one that an ordinary enlargement puts there: a small model learns from that far sooner (``fine_start``;
+Different on purpose: the original shifts the fine tokens by one place and then drops one, which cancels out; here each
+slot predicts its own token. A text that is too long for its slots is cut; in the original it fails later. A fine token
+may start as the one that bicubic enlargement puts there, from which a small model learns far sooner (``fine_start``;
 docs/notes.md).
 """
 
@@ -38,8 +38,8 @@ from minicogview.vqvae import VQVAE
 from minicogview.windows import Coarse
 
 CellSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (B, S, V), cells (S,)) -> (B, S) codes
-Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, low, fine -> what attention adds to each
-Walk = Callable[[Iterable[Any]], Iterable[Any]]  # in which way the layers are visited
+Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # (layer, low, fine) -> attention's output for each
+Walk = Callable[[Iterable[Any]], Iterable[Any]]  # visits the layers; ``iter``, or a stream that reads them from disk
 
 
 # --- what both super-resolution stages share ---------------------------------------------------------------------
@@ -71,16 +71,16 @@ def text_slots(texts: Sequence[Sequence[int]] | Slots, n_slots: int) -> Slots:
 
 
 def enlarge(coarse: Tensor, grid: int, factor: int) -> Tensor:
-    """Every coarse cell as a block of fine ones: (B, n, ...) -> (B, F, ...)."""
+    """Repeat every coarse cell as a block of ``factor`` x ``factor`` fine cells: (B, n, ...) -> (B, F, ...)."""
     return repeat(coarse, "b (h w) ... -> b (h a w c) ...", h=grid, a=factor, c=factor)
 
 
 def start_positions(table: Tensor, layout: LayoutConfig, factor: int, start: FineStart = "tiled") -> Tensor:
-    """Start values (F, D) of the fine positions, from the base table (P, D).
+    """Position embeddings (F, D) of the fine cells before training, from CogLM's ``table`` (P, D).
 
-    "tiled": the coarse grid is repeated, not enlarged, and begins at the row of <start_of_image>, one before the
-    picture's first: two accidents of the original that its released weights were trained from. "enlarged": every fine
-    cell begins at the position of the coarse cell that covers it.
+    "enlarged": every fine cell starts with the position of the coarse cell that covers it. "tiled": the coarse grid is
+    repeated side by side instead of enlarged, and it begins at the row of <start_of_image>, one row before the
+    picture's first. These are two accidents of the original, whose released weights were trained from this start.
     """
     if start == "enlarged":
         return enlarge(table[None, layout.max_text + 1 :][:, : layout.n_image], layout.grid, factor)[0]
@@ -89,10 +89,10 @@ def start_positions(table: Tensor, layout: LayoutConfig, factor: int, start: Fin
 
 
 def two_levels(config: SuperResolutionConfig, base: Transformer | None) -> tuple[Transformer, nn.Embedding]:
-    """What both stages are made of: a transformer to stand on, new if None is given, and a table of fine positions."""
+    """The parts of both stages: a transformer to build on (a new one if ``base`` is None), and fine positions."""
     base = Transformer(config.coglm.transformer) if base is None else base
     positions = nn.Embedding(config.fine_grid[0] * config.fine_grid[1], config.coglm.transformer.d_model)
-    if not positions.weight.is_meta:  # else what is trained comes from a file
+    if not positions.weight.is_meta:  # on the meta device there are no numbers: weights are loaded from a file later
         start = start_positions(base.position_embedding.weight, config.coglm.layout, config.factor, config.fine_start)
         with torch.no_grad():
             positions.weight.copy_(start)
@@ -101,10 +101,10 @@ def two_levels(config: SuperResolutionConfig, base: Transformer | None) -> tuple
 
 @torch.no_grad()
 def enlarged_codes(vqvae: VQVAE, coarse: Tensor, config: SuperResolutionConfig, level: int) -> Tensor:
-    """The coarse picture (B, n) decoded, enlarged bicubically and encoded again: (B, F) codes to start from."""
+    """Codes (B, F) to start from: the coarse picture (B, n) decoded, enlarged bicubically and encoded again."""
     codes = []
     for picture in rearrange(coarse, "b (h w) -> b 1 h w", h=config.coglm.layout.grid):
-        # One by one: in a batch convolutions round differently, and a picture must not depend on its neighbours.
+        # One by one: convolutions round differently in a batch, and a picture must not depend on its neighbours.
         small = vqvae.decode(picture, level).clamp(0, 1)
         large = F.interpolate(small, scale_factor=config.factor, mode="bicubic").clamp(0, 1)
         codes.append(vqvae.encode(large, level).flatten(1))
@@ -118,7 +118,7 @@ def split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Ordinary attention for token-major q, k, v (B, T, N, H): (B, T, N, H)."""
+    """Ordinary attention for q, k, v of shape (B, T, N, H), where tokens come before heads; returns (B, T, N, H)."""
     q, k, v = (rearrange(t, "b t n h -> b n t h") for t in (q, k, v))
     return rearrange(attend(q, k, v, bias), "b n t h -> b t n h")
 
@@ -137,9 +137,9 @@ def run_levels(
     fine_layers: nn.ModuleList | None = None,
     walk: Walk = iter,
 ) -> tuple[Tensor, Tensor]:
-    """The layers of ``base`` on two streams (B, L, D) and (B, F, D), which meet only in attention.
+    """Run the layers of ``base`` on two streams, (B, L, D) and (B, F, D), which meet only in attention.
 
-    The fine stream goes through the norms and MLPs of ``fine_layers``, where there are any. The norm at the end is one.
+    If ``fine_layers`` are given, the fine stream uses their norms and MLPs. Both streams share the final norm.
     """
     pairs = list(zip(cast(list[Block], base.layers), cast(list[Block], fine_layers or base.layers), strict=True))
     for i, (layer, fine_layer) in enumerate(walk(pairs)):
@@ -153,10 +153,10 @@ def run_levels(
 def choose_codes(
     base: Transformer, hidden: Tensor, cells: Tensor, n_codes: int, sampler: CellSampler, chunk: int = 512
 ) -> Tensor:
-    """Sample a code for each of the given cells (S,) from hidden states (B, F, D), a chunk of cells at a time.
+    """Sample a code for each of the given cells (S,) from hidden states (B, F, D): codes (B, S).
 
-    In one piece the logits of four released pictures would take 4 x 3600 x 20000 floats, over a gigabyte. A chunk has
-    so many cells of all pictures together.
+    Cells are sampled a chunk at a time: all logits of four pictures of the released model would be 4 x 3600 x 20000
+    floats, over a gigabyte. ``chunk`` counts the cells of all pictures together.
     """
     parts = cells.split(max(1, chunk // len(hidden)))
     return torch.cat([sampler(base.logits(hidden[:, part], n_codes).float(), part) for part in parts], dim=1)
@@ -176,9 +176,9 @@ def check_codes(codes: Tensor, n_cells: int, n_codes: int, what: str) -> None:
 
 
 def low_mask(real: Tensor, n_coarse: int) -> Tensor:
-    """Who may look at whom on the low level: (B, L, L) bool from the text slots that are in use (B, n_text).
+    """Which low tokens may look at which: (B, L, L) bool, from the text slots in use, ``real`` (B, n_text).
 
-    Text does not see the picture; text and picture do not see empty slots. No order: everything else is in view.
+    Text does not see the picture, and neither sees empty slots. Everything else is in view: the mask is not causal.
     """
     n_text = real.shape[1]
     in_use = F.pad(real, (0, n_coarse), value=True)  # (B, L)
@@ -200,7 +200,7 @@ def direct_attention(
     Args:
         low: q, k, v (B, L, N, H), text slots first. fine: q, k, v (B, F, N, H).
         bias: (B or 1, 1, L, L) from ``attention_bias``, for the low level.
-        coarse_bias: added to the scores of the coarse keys; above 0 it ties the fine picture closer to the coarse one.
+        coarse_bias: added to the scores of the coarse keys; above 0, fine tokens look more at the coarse picture.
 
     Returns:
         (B, L, N, H) and (B, F, N, H).
@@ -212,11 +212,11 @@ def direct_attention(
 
 
 class DirectSR(nn.Module):
-    """CogLM's transformer with a fine level of tokens beside it.
+    """The direct stage: CogLM's transformer with a second, fine level of tokens.
 
     Args:
         config: sizes.
-        base: the transformer to stand on, shared and not copied; None makes a new one.
+        base: CogLM's transformer, shared and not copied; None makes a new one.
     """
 
     def __init__(self, config: SuperResolutionConfig, base: Transformer | None = None):
@@ -233,7 +233,7 @@ class DirectSR(nn.Module):
 
     @torch.no_grad()
     def start_from_base(self) -> None:
-        """Begin as the base: copy its layers, or their attention weights alone."""
+        """Initialise the fine level from the base: copy its layers or, without own layers, their attention weights."""
         if self.config.own_layers:
             self.fine_layers.load_state_dict(self.base.layers.state_dict())
         else:
@@ -255,7 +255,7 @@ class DirectSR(nn.Module):
             record: filled with the hidden states of both levels, (B, L + F, D) after each layer.
 
         Raises:
-            MiniCogViewError: if ``coarse`` or ``start`` has another shape or codes outside of the codebook.
+            MiniCogViewError: if ``coarse`` or ``start`` has another shape, or holds codes outside the codebook.
         """
         config, layout, base = self.config, self.config.coglm.layout, self.base
         check_codes(coarse, layout.n_image, config.coglm.n_codes, "coarse")
@@ -280,7 +280,7 @@ class DirectSR(nn.Module):
         return run_levels(base, low, fine, attention, record, fine_layers, self.walk)
 
     def start_cells(self, coarse: Tensor, start: Tensor | None) -> Tensor:
-        """What the fine tokens are before anything is known about them: (B, F) ids, as ``config.fine_start`` says."""
+        """The ids (B, F) that fine tokens start as, according to ``config.fine_start``."""
         config, n_cells = self.config, len(self.fine_position.weight)
         if config.fine_start == "tiled":
             return torch.full((len(coarse), n_cells), config.coglm.ids.boi)
@@ -293,7 +293,7 @@ class DirectSR(nn.Module):
     def upsample(
         self, texts: Sequence[Sequence[int]], coarse: Tensor, sampler: CellSampler, start: Tensor | None = None
     ) -> Tensor:
-        """Fine codes (B, F) in raster order for coarse codes (B, n): one pass, then every cell by itself."""
+        """Fine codes (B, F) in raster order for coarse codes (B, n): one pass, then every cell is sampled by itself."""
         _, fine = self(texts, coarse, start)
         cells = torch.arange(fine.shape[1], device=fine.device)
         return choose_codes(self.base, fine, cells, self.config.coglm.n_codes, sampler)

@@ -1,8 +1,8 @@
 """Local attention by tiles, on any device: the ``blocked`` form of ``local_attention.py``.
 
-The idea: neighbouring queries see nearly the same keys. So the grid is cut into tiles of queries, each tile gathers the
-rectangle of keys that any of its queries can see, its "halo", and PyTorch's own attention does the rest, with a mask
-for what lies outside of a query's window. Memory is bounded, because only a few tiles are gathered at a time.
+The idea: neighbouring queries see nearly the same keys. So the grid is cut into tiles of queries. Each tile gathers the
+rectangle of keys that any of its queries can see, its "halo", and PyTorch's own attention computes the rest, with a
+mask for the keys outside a query's window. Memory is bounded, because only a few tiles are gathered at a time.
 
 Shapes: as in ``local_attention.py``: ``B`` batch, ``T`` queries, ``S`` keys of all kinds, ``N`` heads, ``H`` head size.
 """
@@ -20,27 +20,28 @@ from torch import Tensor
 from minicogview.attention import attend
 from minicogview.windows import Keys, Size
 
-TILE = (6, 6)  # queries; the best of nine that were measured on a CPU, in float32 and in bfloat16
-ONE_TILE_UP_TO = 256  # query tokens: on smaller grids halos overlap so much that one tile with all keys is faster
-CHUNK_BYTES = 2**22  # keys and values gathered at a time without gradients: what stays in a CPU's cache
-TRAINING_BYTES = 2**24  # the same with gradients: the system takes large blocks back, and fresh ones cost
-GPU_FACTOR = 64  # a GPU wants fewer and larger pieces
+TILE = (6, 6)  # queries; the fastest of nine sizes measured on a CPU, in float32 and in bfloat16
+ONE_TILE_UP_TO = 256  # queries: on smaller grids halos overlap so much that one tile with all keys is faster
+CHUNK_BYTES = 2**22  # keys and values gathered at a time without gradients: they stay in a CPU's cache
+TRAINING_BYTES = 2**24  # the same with gradients: the system takes freed large blocks back, and new ones cost time
+GPU_FACTOR = 64  # a GPU is faster with fewer and larger pieces
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Which queries and keys each tile holds. A tile that sticks out of the grid repeats the last row or column."""
+    """Which queries and keys each tile holds. A tile that overlaps the border repeats the last row or column."""
 
     queries: Tensor  # (tiles, tile queries), int64 into T
     keys: Tensor  # (tiles, tile keys), int64 into S
     mask: Tensor  # (tiles, tile queries, tile keys) bool
-    places: Tensor  # (T,): where each query's result stands among all tiles' results
+    places: Tensor  # (T,): the position of each query's result among the results of all tiles
 
 
 def cut_axis(n_queries: int, n_keys: int, tile: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis cut in tiles: queries (tiles, tile), keys (tiles, halo), and how far each key lies from each centre.
+    """Cut one axis into tiles with halos of equal size: at a border a halo is moved inwards, so no index lies outside.
 
-    Every tile gets equally many keys; at the border its halo is moved inwards, so that no index points outside.
+    Returns:
+        queries (tiles, tile), keys (tiles, halo), and each key's offset from each query's centre (tiles, tile, halo).
     """
     starts, ratio = range(0, n_queries, tile), n_queries // n_keys
     queries = (torch.tensor(starts)[:, None] + torch.arange(tile)).clamp(max=n_queries - 1)
@@ -53,20 +54,20 @@ def cut_axis(n_queries: int, n_keys: int, tile: int, window: int) -> tuple[Tenso
 
 
 def in_window(dy: Tensor, dx: Tensor, window: Size, causal: bool) -> Tensor:
-    """Whether a key that lies ``dy`` rows below and ``dx`` columns right of a query's centre is one to look at."""
+    """Whether a query sees a key that lies ``dy`` rows below and ``dx`` columns to the right of the query's centre."""
     rows, columns = window
     seen = (dy >= -(rows // 2)) & (dy < rows - rows // 2) & (dx >= -(columns // 2)) & (dx < columns - columns // 2)
     return seen & ((dy < 0) | ((dy == 0) & (dx <= 0))) if causal else seen
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # tables made while drawing serve training too
+@torch.inference_mode(False)  # so that tables made during inference can be used in training too
 def make_tiling(
     grid: Size, windows: tuple[tuple[Size, Size], ...], n_global: int, causal: bool, tile: Size, device: torch.device
 ) -> Tiling:
-    """The tables of one geometry, made once and kept."""
+    """The index tables of one geometry, computed once and cached."""
     ny, nx = -(-grid[0] // tile[0]), -(-grid[1] // tile[1])
-    tile = -(-grid[0] // ny), -(-grid[1] // nx)  # as many tiles, but of even sizes: 15 is 5 + 5 + 5, not 6 + 6 + 3
+    tile = -(-grid[0] // ny), -(-grid[1] // nx)  # as many tiles, but of even size: 15 = 5 + 5 + 5, not 6 + 6 + 3
     keys, masks, start = [], [], 0
     for key_grid, window in windows:
         (_, key_y, dy), (_, key_x, dx) = (cut_axis(*sizes) for sizes in zip(grid, key_grid, tile, window))
@@ -97,13 +98,13 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | Non
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, s, N, H), counted through the whole batch: index (tiles, n) -> (tiles, n, N, H)."""
-    # Not index_select: on the way back, F.embedding adds whole rows at once.
+    """Tokens of x (B, s, N, H), numbered through the whole batch: index (tiles, n) -> (tiles, n, N, H)."""
+    # Not index_select: in the backward pass F.embedding adds whole rows at once.
     return F.embedding(index, rearrange(x, "b s n h -> (b s) (n h)")).unflatten(-1, x.shape[2:])
 
 
 def attend_tiles(q: Tensor, keys: Keys, tiling: Tiling, which: Tensor, scale: float) -> Tensor:
-    """Some tiles, numbered picture after picture by which (tiles,): (tiles, tile queries, N, H)."""
+    """Attention in some tiles, ``which`` (tiles,), numbered picture by picture: (tiles, tile queries, N, H)."""
     picture, tile = (which // len(tiling.keys))[:, None], which % len(tiling.keys)
     query_index = picture * q.shape[1] + tiling.queries[tile]
     key_index = picture * keys.k.shape[1] + tiling.keys[tile]
@@ -113,7 +114,7 @@ def attend_tiles(q: Tensor, keys: Keys, tiling: Tiling, which: Tensor, scale: fl
 
 
 def in_chunks(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
-    """All tiles, a few at a time, without gradients: (B * tiles, tile queries, N, H)."""
+    """Attention in all tiles without gradients, a few tiles at a time: (B * tiles, tile queries, N, H)."""
     batch, _, n_heads, head_size = q.shape
     which = torch.arange(batch * len(tiling.keys), device=q.device)
     chunk = max(1, limit // (2 * tiling.keys.shape[1] * n_heads * head_size * q.element_size()))
@@ -124,7 +125,7 @@ def in_chunks(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -
 
 
 def in_groups(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -> Tensor:
-    """The same with gradients: a few pictures and heads at a time, because the way back through ``split`` is cheap."""
+    """The same with gradients: a few pictures and heads at a time, because the backward pass of ``split`` is cheap."""
     batch, _, n_heads, head_size = q.shape
     bytes_per_head = tiling.keys.numel() * head_size * q.element_size()  # of one picture
     pictures = max(1, min(batch, limit // (n_heads * bytes_per_head)))
@@ -140,11 +141,11 @@ def in_groups(q: Tensor, keys: Keys, tiling: Tiling, scale: float, limit: int) -
 
 
 def blocked(q: Tensor, keys: Keys, grid: Size, causal: bool, scale: float) -> Tensor:
-    """The same numbers as ``reference``: q (B, T, N, H) -> (B, T, N, H), tile by tile."""
+    """The same result as ``reference``, tile by tile: q (B, T, N, H) -> (B, T, N, H)."""
     tile = grid if q.shape[1] <= ONE_TILE_UP_TO else TILE
     tiling = make_tiling(grid, keys.windows, keys.n_global, causal, tile, q.device)
     n_tiles, n_queries = tiling.queries.shape
-    if n_tiles == 1:  # it holds everything, in order
+    if n_tiles == 1:  # it holds all queries and keys, in order
         return attend_all(q, keys.k, keys.v, tiling.mask, keys.bias, scale)
     learning = any(x is not None and x.requires_grad for x in (q, keys.k, keys.v, keys.bias))
     run, limit = (in_groups, TRAINING_BYTES) if learning and torch.is_grad_enabled() else (in_chunks, CHUNK_BYTES)

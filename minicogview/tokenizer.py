@@ -1,7 +1,7 @@
 """One vocabulary for pictures, English and Chinese.
 
-The idea: a transformer that both reads and draws needs one list of ids. Picture codes come first, then
-the SentencePiece pieces of both languages, then three tokens that announce what follows:
+The idea: a transformer that both reads text and draws pictures needs one list of ids. Picture codes come first, then
+the SentencePiece pieces of both languages, then three tokens that announce what follows them:
 
     0 .. K-1                  picture codes (K = codebook size)
     K .. K+P-1                text pieces: SentencePiece piece i has id K + i; <unk> K + 0, <pad> K + 3
@@ -10,11 +10,11 @@ the SentencePiece pieces of both languages, then three tokens that announce what
 Mirrors: the original's "icetk" package (CogView2, section 3.1), where K = 20000 and P = 130000, so that the
 special tokens are 150000, 150001 and 150002; English pieces are 20100..83822, Chinese 83823..145652.
 
-Shapes: ``h, w`` tokens down and across a picture, ``H, W`` its pixels.
+Shapes: ``h, w`` rows and columns of tokens in a picture, ``H, W`` its rows and columns of pixels.
 
-Different on purpose: our own text models (``training/text.py``) keep every character, spelling unseen ones in
-bytes, and every space. A text model is a protobuf message and picture weights are safetensors: loading either
-runs no code. Simplified: no line-break token; a line break is text like any other.
+Different on purpose: our own text models (``training/text.py``) keep every space and every character; characters that
+they do not know are spelled in bytes. A text model is a protobuf message and picture weights are safetensors, so that
+loading either runs no code. Simplified: there is no line-break token; a line break is text like any other.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 Language = Literal["en", "zh"]
 
-UNK, EOS = 0, 2  # piece numbers, in the original's model and in ours; <pad> has PAD_PIECE
+UNK, EOS = 0, 2  # indices of these pieces in the original's text model and in ours; that of <pad> is PAD_PIECE
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
-# The original's text model, known by its sizes, sorts its pieces by language: (K, P) -> first Chinese id.
+# The original's text model sorts its pieces by language. It is recognised by its sizes: (K, P) -> first Chinese id.
 FIRST_CHINESE = {(20000, 130000): 83823}
-# Chinese characters, their punctuation and the full-width forms.
+# Chinese characters, their punctuation, and full-width forms.
 CHINESE = re.compile(
     "[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
@@ -55,10 +55,10 @@ class Tokenizer:
     Args:
         text_model: path of a SentencePiece model, or its bytes.
         codebook_size: number of picture codes, K.
-        vqvae: the picture tokenizer; without it only text can be encoded.
-        level: which of its rates is meant where a call names none (0 is the finest).
-        first_chinese: id of the first Chinese piece, where pieces are sorted by language as in the original
-            (which is known by its sizes); None: a text with a Chinese character is Chinese.
+        vqvae: the picture tokenizer; without it, only text can be encoded.
+        level: the level of the picture tokenizer that calls use by default (0 is the finest).
+        first_chinese: id of the first Chinese piece, if pieces are sorted by language. None: that of the original's
+            model, which is recognised by its sizes; with any other model, a text with a Chinese character is Chinese.
 
     Raises:
         MiniCogViewError: if the text model is missing or damaged, or the codebook sizes differ.
@@ -96,12 +96,12 @@ class Tokenizer:
 
     @property
     def unk(self) -> int:
-        """Id of <unk>, a piece that the text model does not know."""
+        """Id of <unk>, which stands for anything that the text model does not know."""
         return self.codebook_size + UNK
 
     @property
     def eos(self) -> int:
-        """Id of </s>, which closes the captions that our models write (the original's never end)."""
+        """Id of </s>, which ends the captions that our models write (the original's have no end)."""
         return self.codebook_size + EOS
 
     @property
@@ -111,7 +111,7 @@ class Tokenizer:
 
     @property
     def pad(self) -> int:
-        """Id of <pad>, which fills up short texts."""
+        """Id of <pad>, which fills the space after short texts."""
         return self.special_ids.pad
 
     @property
@@ -135,11 +135,11 @@ class Tokenizer:
         return self.codebook_size + self.n_text + len(SPECIAL_TOKENS)
 
     def is_picture(self, ids: int | Tensor) -> bool | Tensor:
-        """Which ids are picture codes: a bool for one id, a bool tensor of the same shape for a tensor."""
+        """Whether ids are picture codes: a bool for one id, a bool tensor of the same shape for a tensor."""
         return (ids >= 0) & (ids < self.codebook_size)
 
     def token(self, id: int) -> str:
-        """How an id is written for a reader: ``picture 17``, ``▁apple``, ``<start_of_image>``."""
+        """A readable name of an id: ``picture 17``, ``▁apple``, ``<start_of_image>``."""
         id = int(id)
         if not 0 <= id < self.vocab_size:
             raise MiniCogViewError(f"id {id} is outside the vocabulary: ids are 0..{self.vocab_size - 1}")
@@ -152,9 +152,9 @@ class Tokenizer:
     # ---- text ----
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Nothing is added: no start token, no padding; an empty text gives an empty list.
+        """Ids of a text. No start token or padding is added, so an empty text gives an empty list.
 
-        The name of a special token written out in a text stays ordinary text.
+        The name of a special token inside a text is ordinary text.
 
         Raises:
             MiniCogViewError: if the text is not valid Unicode.
@@ -168,7 +168,7 @@ class Tokenizer:
         return [self.codebook_size + piece for piece in self.text.encode(text)]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """Text of ids; <pad> and special tokens are left out.
+        """The text of ids; <pad> and special tokens are left out.
 
         Raises:
             MiniCogViewError: if an id is a picture code or outside the vocabulary.
@@ -187,46 +187,52 @@ class Tokenizer:
     def language(self, ids: Sequence[int] | Tensor) -> Language:
         """Language of a text given as ids.
 
-        With sorted pieces, English if every id is under ``first_chinese``; else English if the text has no
-        Chinese character. An empty text is English.
+        If pieces are sorted by language, a text is English if every id is below ``first_chinese``; otherwise, if it has
+        no Chinese character. An empty text is English.
         """
         if self.first_chinese is not None:
             return "en" if all(int(id) < self.first_chinese for id in ids) else "zh"
         return "zh" if CHINESE.search(self.decode(ids)) else "en"
 
     def language_token(self, ids: Sequence[int] | Tensor) -> int:
-        """The start token of a text's language: what stands before a caption that is to be written."""
-        return self.boe if self.language(ids) == "en" else self.boc
+        """The start token of a text's language, which announces a caption."""
+        return self.start_token(self.language(ids))
+
+    def start_token(self, language: str) -> int:
+        """The start token of captions in ``language``; raises MiniCogViewError unless that is "en" or "zh"."""
+        starts = {"en": self.boe, "zh": self.boc}
+        if language not in starts:
+            raise MiniCogViewError(f"no captions in language {language!r}: choose en or zh")
+        return starts[language]
 
     # ---- pictures ----
 
     def encode_picture(
         self, picture: Picture, level: int | None = None, size: int | tuple[int, int] | None = None
     ) -> Tensor:
-        """Picture codes, int64 (h, w), in reading order when flattened.
+        """Codes of a picture, (h, w) int64, in raster order when flattened.
 
         Args:
-            picture: a file, a PIL image (put on white where transparent), or a tensor (3, H, W), float 0..1
-                or uint8.
-            level: rate, 0 the finest; None: the tokenizer's own.
-            size: pixels to resize to, one side or (H, W); None: the picture's own size. Either is rounded to
-                whole tokens, at least one.
+            picture: a file, a PIL image (transparent parts become white), or a tensor (3, H, W), float 0..1 or uint8.
+            level: 0 is the finest; None: the tokenizer's own.
+            size: pixels to resize to, one side or (H, W); None: the picture's own size. Each side is rounded to a
+                multiple of the level's rate, at least one token.
 
         Raises:
-            MiniCogViewError: if the file is missing or no picture, the tensor or the size has a wrong shape,
+            MiniCogViewError: if the file is missing or not a picture, the tensor or the size has a wrong shape,
                 or there is no such level.
         """
         vqvae, level = self._picture_half(level)
         pixels = to_tensor(picture)  # (3, H, W)
         pixels = _resize(pixels, _whole_tokens(pixels, size, vqvae.config.rates[level]))
-        with torch.no_grad():  # not inference_mode: its tensors cannot be trained on later
+        with torch.no_grad():  # inference_mode would return tensors that cannot be used in training
             return vqvae.encode(pixels[None].to(next(vqvae.parameters())), level)[0]  # (h, w)
 
     def decode_picture(self, codes: Tensor, level: int | None = None) -> Image.Image:
-        """The picture that codes (h, w) stand for, as a PIL image of h * rate rows.
+        """The picture that codes (h, w) stand for, as a PIL image of (h * rate, w * rate) pixels.
 
         Raises:
-            MiniCogViewError: if the codes are not (h, w), one is no picture code, or there is no such level.
+            MiniCogViewError: if the codes are not (h, w), an id is not a picture code, or there is no such level.
         """
         vqvae, level = self._picture_half(level)
         if codes.ndim != 2 or codes.numel() == 0:
@@ -240,7 +246,7 @@ class Tokenizer:
             return to_pil(vqvae.decode(codes[None].to(next(vqvae.parameters()).device), level)[0])
 
     def _picture_half(self, level: int | None) -> tuple[VQVAE, int]:
-        """The VQ-VAE and the level to use, or a clear complaint."""
+        """The VQ-VAE and the level to use; raises MiniCogViewError if there is none."""
         if self.vqvae is None:
             raise MiniCogViewError("this tokenizer has no picture half: make it as Tokenizer(..., vqvae=...)")
         level = self.level if level is None else level
@@ -249,8 +255,9 @@ class Tokenizer:
             raise MiniCogViewError(f"there is no level {level}: choose 0 (finest) to {n_levels - 1}")
         return self.vqvae, level
 
+
 def _whole_tokens(pixels: Tensor, size: int | tuple[int, int] | None, rate: int) -> tuple[int, int]:
-    """The size to encode at: what was asked for, or the picture's own, rounded to multiples of ``rate``."""
+    """(H, W) to encode at: ``size``, or the picture's own where it is None, rounded to multiples of ``rate``."""
     if size is None:
         size = (pixels.shape[1], pixels.shape[2])
     sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -261,7 +268,7 @@ def _whole_tokens(pixels: Tensor, size: int | tuple[int, int] | None, rate: int)
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Smoothly resized picture (3, H, W); untouched where the size fits already."""
+    """The picture (3, H, W) resized bicubically to ``size``, or unchanged if it has that size already."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
     return F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
@@ -274,7 +281,7 @@ def load_text_model(model: str | Path | bytes) -> sentencepiece.SentencePiecePro
     """Read a SentencePiece model from a file or from its bytes.
 
     Raises:
-        MiniCogViewError: if it is missing, damaged, or has no place for <pad>.
+        MiniCogViewError: if it is missing or damaged, or has too few pieces to contain <pad>.
     """
     name = "given as bytes" if isinstance(model, bytes) else str(model)
     try:

@@ -1,17 +1,18 @@
 """The transformer of CogView2: sandwich LayerNorm, optional PB-relax, and a preallocated KV cache.
 
-The idea: every residual branch is normalised twice, once before it (as in pre-LN) and once after it, so that
-no branch can add large values to the residual stream and half precision does not overflow. CogView (Ding et
-al. 2021, arXiv 2105.13290, section 2.4) introduced it together with PB-relax, which keeps the attention
-scores small for the same reason. CogView2 (arXiv 2204.14217) reuses the block unchanged.
+The idea: each token is a vector, its *residual stream*, and every layer adds two *branches* to it: attention, where
+tokens look at each other, and an MLP, where each token is alone. Sandwich LayerNorm normalises a branch twice, before
+it (as pre-LN does) and after it, so that no branch can add large values to the stream and half precision does not
+overflow. CogView (Ding et al. 2021, arXiv 2105.13290, section 2.4) introduced it together with PB-relax, which keeps
+the attention scores small for the same reason. CogView2 (arXiv 2204.14217) reuses the block unchanged.
 
 Mirrors: SwissArmyTransformer 0.2.1, ``model/transformer.py`` with ``layernorm_order="sandwich"``.
 
-Shapes: ``B`` batch, ``T`` query tokens, ``S`` key tokens (cached ones included), ``D`` model width,
-``N`` heads, ``H`` head size, ``V`` vocabulary rows.
+Shapes: ``B`` batch, ``T`` query tokens, ``S`` key tokens (cached ones included), ``D`` model width, ``N`` heads,
+``H`` head size, ``L`` layers, ``V`` vocabulary size.
 
-Different on purpose: the KV cache is written in place instead of concatenated anew at each token. Not in the original:
-RMSNorm in place of LayerNorm (``norm_kind="rms"``), the first thing that later models changed.
+Different on purpose: the KV cache is allocated once and written in place; the original concatenates a new one at each
+token. Not in the original: RMSNorm instead of LayerNorm (``norm_kind="rms"``), the first change that later models made.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ NORMS: dict[NormKind, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNo
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for the longest sequence and filled from the left.
+    """Keys and values of earlier tokens: they never change, so each is computed once and kept.
+
+    Memory for the longest sequence is allocated at the start and filled from the left.
 
     Args:
         config: the transformer's sizes.
-        batch: rows that will be generated side by side.
+        batch: number of rows that are generated side by side.
         max_len: the most tokens that a row will ever hold.
-        n_heads: heads that are kept here; None: all. Others may be on other machines (``scale/parallel.py``).
+        n_heads: number of heads stored here; None: all. The others may be on other devices (``scale/parallel.py``).
     """
 
     def __init__(
@@ -54,14 +57,13 @@ class KVCache:
     ):
         size = config.d_model // config.n_heads
         shape = (config.n_layers, batch, n_heads or config.n_heads, max_len, size)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, N, S, H)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))  # (L, B, N, S, H)
         self.length = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``k, v`` (B or 1, N, T, H) behind what is there; return all keys and values so far.
+        """Store ``k, v`` (B or 1, N, T, H) of ``T`` new tokens; return all keys and values so far, (B or 1, N, S, H).
 
-        A batch of one is shared by all rows: that is how one prompt serves many pictures.
+        A batch of one is shared by all rows, which is how one prompt serves many pictures.
         """
         end = self.length + k.shape[2]
         if end > self.k.shape[3]:
@@ -72,22 +74,20 @@ class KVCache:
         return self.k[layer, :rows, :, :end], self.v[layer, :rows, :, :end]
 
     def advance(self, n_tokens: int) -> None:
-        """So many tokens have gone through all layers: the next ones go behind them."""
+        """Move on after ``n_tokens`` have gone through all layers: the next tokens are stored behind them."""
         self.length += n_tokens
 
 
 @dataclass
 class Record:
-    """Fill me: hand one to ``Transformer.forward`` to get what happened inside."""
+    """A look inside: pass an empty one to ``Transformer.forward``, which fills it."""
 
     hidden: list[Tensor] = field(default_factory=list)  # residual stream after each layer, (B, T, D)
-    maps: list[Tensor] = field(default_factory=list)  # attention of each layer, (B, N, T, S)
-
-
+    maps: list[Tensor] = field(default_factory=list)  # attention weights of each layer, (B, N, T, S)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one joint projection whose output is [q | k | v]."""
+    """Multi-head self-attention: one matrix projects x to [q | k | v], another mixes the heads' outputs."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -103,7 +103,7 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)  # (B, N, S, H)
         if record is None:
             y = attend(q, k, v, bias, self.pb_relax)
-        else:  # the weights are asked for, so they are written out
+        else:  # the fused operator inside attend() never returns the weights
             weights = attention_weights(q, k, bias, self.pb_relax)
             record.maps.append(weights)
             y = weighted_values(weights, v)
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU in its tanh form."""
+    """Two linear layers, to four times the width and back, around a GELU in its tanh approximation."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -123,7 +123,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The order of its norms is what ``config.norm`` chooses:
+    """One layer: two branches, each added to the residual stream x. ``config.norm`` says where the norms (LN) stand:
 
     sandwich  x + LN(Attn(LN(x)))      pre  x + Attn(LN(x))      post  LN(x + Attn(x))
     """
@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.norm_order = config.norm
         self.attention = Attention(config)
         self.mlp = MLP(config)
-        self.attention_norm = make_norm(config)  # before the branch; after the sum in post-LN
+        self.attention_norm = make_norm(config)  # before the branch; in post-LN, after the sum
         self.mlp_norm = make_norm(config)
         if config.norm == "sandwich":
             self.attention_out_norm = make_norm(config)
@@ -150,14 +150,14 @@ class Block(nn.Module):
     ) -> Tensor:
         return self.finish(x, self.attention(self.prepare(x), bias, layer, cache, record))
 
-    # The two halves around attention: super-resolution puts an attention of its own between them.
+    # A layer is split around attention because super-resolution puts an attention of its own between the halves.
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What attention sees of the residual stream x (B, T, D)."""
+        """The input of attention (B, T, D), from the residual stream x (B, T, D)."""
         return x if self.norm_order == "post" else self.attention_norm(x)
 
     def finish(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Add what attention returned, then the MLP's branch: (B, T, D)."""
+        """Add attention's output ``branch`` to x, then the MLP's: the residual stream (B, T, D) after this layer."""
         if self.norm_order == "post":
             x = self.attention_norm(x + branch)
             return self.mlp_norm(x + self.mlp(x))
@@ -168,12 +168,12 @@ class Block(nn.Module):
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    """A norm over the model width: LayerNorm, or RMSNorm, which does not subtract the mean and has no bias."""
+    """A norm over the model width: LayerNorm, or RMSNorm, which neither subtracts the mean nor adds a bias."""
     return NORMS[config.norm_kind](config.d_model, eps=1e-5)
 
 
 class Transformer(nn.Module):
-    """Token and position tables, the layers, a final norm; the output table is the token table.
+    """Token and position embeddings, the layers, and a final norm; the token embedding is the output matrix too.
 
     Example:
         >>> model = Transformer(TransformerConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=50))
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.walk: Callable[[Iterable[Any]], Iterable[Any]] = iter  # in which way the layers are visited
+        self.walk: Callable[[Iterable[Any]], Iterable[Any]] = iter  # visits the layers; scale/streaming.py sets it
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_positions, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -193,12 +193,12 @@ class Transformer(nn.Module):
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
-        """Normal(0.02); the last matrix of each branch is smaller by sqrt(2 * layers), as in GPT-2."""
+        """Draw initial weights as GPT-2 does: normal with standard deviation 0.02; biases are 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
-        scale = 0.02 / math.sqrt(2 * self.config.n_layers)
+        scale = 0.02 / math.sqrt(2 * self.config.n_layers)  # smaller where a branch ends: 2 * layers of them are summed
         if isinstance(module, Attention):
             nn.init.normal_(module.out.weight, std=scale)
         if isinstance(module, MLP):
@@ -212,13 +212,13 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         record: Record | None = None,
     ) -> Tensor:
-        """Run the layers.
+        """Run the layers: hidden states, from each of which ``logits`` predicts the token after it.
 
         Args:
             tokens, positions: (B, T) int64; positions may be (1, T).
             bias: (B or 1, 1, T, S) from ``attention_bias``; None lets every token look at every token.
-            cache: keys and values of earlier tokens, extended by these ones.
-            record: filled with hidden states and attention maps (slower: the weights are materialised).
+            cache: keys and values of earlier tokens; those of ``tokens`` are added to it.
+            record: filled with hidden states and attention weights (slower: the weights are materialised).
 
         Returns:
             (B, T, D) after the final norm.
@@ -233,10 +233,10 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for so many rows and tokens, on this model's device and in the number format it computes in."""
+        """An empty cache for ``batch`` rows of up to ``max_len`` tokens, with this model's device and number format."""
         like, n_heads = cast(Tensor, self.final_norm.weight), cast(Block, self.layers[0]).attention.n_heads
         return KVCache(self.config, batch, max_len, like.device, like.dtype, n_heads)
 
     def logits(self, hidden: Tensor, n_rows: int | None = None) -> Tensor:
-        """Scores of the next token: (..., D) -> (..., V), or only the first ``n_rows`` rows of the table."""
+        """Scores of every possible next token: (..., D) -> (..., V), or of only the first ``n_rows`` token ids."""
         return F.linear(hidden, self.token_embedding.weight[:n_rows])

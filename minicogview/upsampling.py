@@ -1,9 +1,9 @@
-"""Both super-resolution stages as one: coarse tokens in, nine times as many fine tokens out.
+"""Super-resolution, the direct and the iterative stage as one: coarse tokens in, nine times as many fine tokens out.
 
-The idea: the direct stage (``super_resolution.py``) chooses every fine token at once, the iterative stage
-(``lopar.py``) guesses a part of them again, round after round. This module holds the two models together with what
-chooses their tokens, so that generating, editing and evaluating all go through the same code. CogView2
-(arXiv 2204.14217), section 3.3.
+The idea: the direct stage (``super_resolution.py``) chooses all fine tokens at once, and the iterative stage
+(``lopar.py``) resamples some of them, round after round. This module joins the two models with the samplers that choose
+their tokens, so that generation, editing and evaluation all use the same code. CogView2 (arXiv 2204.14217),
+section 3.3.
 
 Mirrors: ``sr_pipeline/sr_group.py`` of the official code.
 
@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minicogview.clusters import Clusters, cluster_codebook
+from minicogview.clusters import Clusters, clusters_for
 from minicogview.config import Preset, SamplingConfig
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
 from minicogview.sampling import NearestToMean, Sampler
@@ -27,8 +27,8 @@ from minicogview.super_resolution import CellSampler, DirectSR, enlarged_codes
 from minicogview.vqvae import VQVAE
 
 Texts = Sequence[Sequence[int]]
-Progress = Callable[[str, int, int], None]  # (stage, done, of how many)
-BATCH = 8  # pictures side by side, unless the plan for the memory says fewer
+Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+BATCH = 8  # pictures that are upsampled side by side, unless the plan for the memory says fewer
 
 
 @dataclass(eq=False)
@@ -36,12 +36,12 @@ class Upsampler:
     """Super-resolution of coarse pictures.
 
     Attributes:
-        vqvae, preset: the tokenizer's picture half, and the settings of both stages' samplers.
+        vqvae: the picture tokenizer. preset: has the settings of both stages' samplers.
         direct: the first of the two models. iterative: the second; None: the direct stage is the last one.
-        schedule: which tokens are guessed again in which round.
-        labels: (K,) cluster of each picture code; None: by k-means on the codebook when first needed.
-        need: called with the name of a stage before it works, to bring in its weights; None: all are in memory.
-        batch: pictures side by side at most; None: BATCH.
+        schedule: which tokens are resampled in which round.
+        labels: (K,) cluster of each picture code; None: computed by k-means on the codebook when first needed.
+        need: called with the name of a stage before it runs, to load its weights; None: all are in memory.
+        batch: the most pictures that are upsampled side by side; None: ``BATCH``.
     """
 
     vqvae: VQVAE
@@ -55,16 +55,12 @@ class Upsampler:
 
     @cached_property
     def clusters(self) -> Clusters | None:
-        """Of the picture codes, for the direct stage; None for plain top-k."""
-        n_clusters = self.preset.direct_sampling.n_clusters
-        if n_clusters == 0:
-            return None
-        labels = cluster_codebook(self.vqvae.quantizer.codebook, n_clusters) if self.labels is None else self.labels
-        return Clusters.of(labels)
+        """Clusters of the picture codes, for the direct stage; None for plain top-k."""
+        return clusters_for(self.preset.direct_sampling.n_clusters, self.vqvae.quantizer.codebook, self.labels)
 
     @property
     def n_stages(self) -> int:
-        """Stages in all, the one that draws the coarse picture included."""
+        """Number of stages, including CogLM, which draws the coarse picture."""
         return 2 if self.iterative is None else 3
 
     @property
@@ -75,13 +71,13 @@ class Upsampler:
     def sampler(
         self, seeds: Sequence[int], settings: SamplingConfig, clusters: Clusters | None = None
     ) -> CellSampler:
-        """What chooses fine tokens, as ``preset.fine_choice`` says; picture i follows from its own seed."""
+        """The sampler of fine tokens that ``preset.fine_choice`` names; picture i depends on ``seeds[i]`` alone."""
         if self.preset.fine_choice == "mean":
             return NearestToMean(self.vqvae.quantizer.codebook, settings.temperature)
         return Sampler(seeds, settings, clusters, self.grid**2)
 
     def run_direct(self, texts: Texts, coarse: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The direct stage: fine codes (B, F) for coarse codes (B, n); picture i follows from its own seed."""
+        """The direct stage: fine codes (B, F) for coarse codes (B, n)."""
         sampler = self.sampler(seeds, self.preset.direct_sampling, self.clusters)
         start = None
         if self.direct.config.fine_start == "enlarged":
@@ -91,7 +87,7 @@ class Upsampler:
     def run_iterative(
         self, texts: Texts, fine: Tensor, seeds: Sequence[int], region: Tensor | None = None
     ) -> list[Tensor]:
-        """The iterative stage: fine codes (B, F) after each round; only those in ``region`` (rows, columns) change."""
+        """The iterative stage: fine codes (B, F) after each round; only cells in ``region`` (rows, columns) change."""
         assert self.iterative is not None, "an Upsampler without an iterative model has one stage only"
         samplers = []
         for number, top_k in enumerate(self.schedule.top_k, 1):
@@ -108,13 +104,13 @@ class Upsampler:
         on_step: Progress | None = None,
         keep: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """Many coarse pictures through both stages: codes (B, F) on the CPU after stage 2 and, if asked for, stage 3.
+        """Upsample many coarse pictures, in batches: codes (B, F) on the CPU after stage 2 and, if it runs, stage 3.
 
         Args:
-            coarse: codes (B, n). seeds: one for each picture. stages: 2 or 3; the one that drew ``coarse`` counts.
-            on_step: called with the name of the stage at work, how many pictures are done, and of how many.
-            keep: fine codes (F,) of a picture, and where (rows, columns) bool they may change; with it everything
-                else stays as it is.
+            coarse: codes (B, n). seeds: one for each picture. stages: the last one to run, 2 (direct) or 3 (iterative).
+            on_step: called with the name of the current stage, the number of pictures done, and their total.
+            keep: the fine codes (F,) of an existing picture, and (rows, columns) bool, True where they may change; all
+                others stay. None: all may change.
         """
         region = None if keep is None else keep[1]
 

@@ -1,7 +1,7 @@
-"""Two more uses of filling in: pictures much like a given one, and pictures that go on beyond their edges.
+"""Two more uses of completion: variations of a picture, and outpainting, which continues it beyond its edges.
 
-The idea: CogLM fills in any set of tokens. If they are scattered over the picture, what comes out keeps its
-composition and changes its details; if they lie around it, the picture grows. Both end in the same calls as editing.
+The idea: CogLM can fill in any set of tokens. If they are scattered over the picture, the result keeps its composition
+and changes its details; if they lie around it, the picture grows. Both use the same functions as editing.
 CogView2 (arXiv 2204.14217), section 3.2.
 
 Shapes: a picture has H x W pixels; ``grid`` tokens along each side.
@@ -20,7 +20,7 @@ from minicogview.pipeline import CogView2
 
 
 def random_region(grid: int, share: float, seed: int) -> Tensor:
-    """(grid, grid) bool with a random ``share`` (above 0, at most 1) of the cells set, at least one."""
+    """A random ``share`` (above 0, at most 1) of the cells, at least one, as (grid, grid) bool."""
     if not 0 < share <= 1:
         raise MiniCogViewError(f"share is {share}: give the part of the picture to draw anew, above 0 and at most 1")
     order = torch.randperm(grid * grid, generator=torch.Generator().manual_seed(seed))
@@ -33,11 +33,11 @@ def vary(
     model: CogView2, text: str, picture: Picture, share: float = 0.5, n: int = 4, seed: int = 0,
     stages: int | None = None, **sampling: float,
 ) -> Pictures:  # fmt: skip
-    """Pictures much like a given one: a random share of its tokens drawn anew, another choice for each picture.
+    """Variations of a picture: a random share of its tokens is drawn anew, a different one for each variation.
 
     Args:
-        text: what the picture shows. picture: file, PIL image, tensor (3, H, W), or codes (grid, grid).
-        share: of the tokens; the more, the less alike.
+        text: describes the picture. picture: file, PIL image, tensor (3, H, W), or codes (grid, grid).
+        share: share of the tokens that are drawn anew; the larger it is, the less alike the pictures are.
         n, seed, stages, sampling: as for ``CogView2.generate``.
 
     Raises:
@@ -60,11 +60,11 @@ def outpaint(
     model: CogView2, text: str, picture: Picture, margins: tuple[int, int, int, int], n: int = 1, seed: int = 0,
     stages: int | None = None, **sampling: float,
 ) -> Pictures:  # fmt: skip
-    """A picture that goes on beyond its edges; its own pixels stay as they are.
+    """Continue a picture beyond its edges; its own pixels do not change.
 
     Args:
-        text: what the whole picture shows when it is done. picture: file, PIL image, or tensor (3, H, W).
-        margins: pixels to add (top, left, bottom, right).
+        text: describes the whole picture as it should be afterwards. picture: file, PIL image, or tensor (3, H, W).
+        margins: number of pixels to add at (top, left, bottom, right).
         n, seed, stages, sampling: as for ``CogView2.edit``.
 
     Raises:
@@ -74,7 +74,7 @@ def outpaint(
     if min(margins) < 0 or max(margins) == 0:
         raise MiniCogViewError(f"margins are {margins}: give pixels to add at top, left, bottom and right, not only 0")
     image = to_image(picture)
-    # Outside of it the picture's edge goes on, so that the cut-out's own codes have nothing strange beside the hole.
+    # The margins repeat the picture's edge pixels, so that they do not disturb the codes of kept cells beside the hole.
     pixels = np.pad(np.array(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = torch.ones(pixels.shape[:2], dtype=torch.bool)
     mask[top : top + image.height, left : left + image.width] = False

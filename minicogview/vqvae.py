@@ -1,16 +1,17 @@
-"""The picture tokenizer: one encoder, one codebook and three decoders turn pixels into a grid of whole numbers.
+"""The picture tokenizer, a VQ-VAE: an encoder turns pixels into a grid of integer codes, and a decoder turns them back.
 
-A VQ-VAE replaces the feature vector of every cell by the nearest row of a codebook and keeps the row's number.
-The hierarchical one halves its features once or twice more before that, so that one model offers three
-rates: level 0, 1 and 2 spend one code on 4, 8 or 16 pixels a side.
+The idea: the encoder makes a feature vector for every cell of a grid. A VQ-VAE replaces each vector by the nearest row
+of a codebook and keeps only the number of that row, the *code*. CogView2's is hierarchical: the encoder's features may
+be halved in size once or twice more before they are quantized, so that one model with one codebook offers three rates.
+At level 0, 1 and 2, a code stands for 4, 8 or 16 pixels along each side, and each level has a decoder of its own.
 
-CogView2, section 3 (tokenizer); mirrors ``icetk/vqvae`` of the original, weight for weight: ``from_official_name``
+CogView2, section 3 (tokenizer). Mirrors ``icetk/vqvae`` of the original, weight for weight: ``from_official_name``
 translates the names.
 
-Shapes: B pictures, H x W pixels, h x w codes, C feature channels, K codebook rows.
+Shapes: ``B`` pictures, ``H x W`` pixels, ``h x w`` codes, ``C`` feature channels, ``K`` codebook rows.
 
-Deliberately different: normalising by the mean and deviation of the training pictures happens inside the
-model, and learning the codebook (a moving average, not a gradient) lives in ``training/vqvae.py``.
+Different on purpose: normalising by the mean and standard deviation of the training pictures happens inside the model.
+The codebook is trained by a moving average, not by gradients; the code for this is in ``training/vqvae.py``.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from torch.nn import functional as F
 from minicogview.config import VQVAEConfig
 from minicogview.errors import MiniCogViewError
 
-PIXEL_MEAN = (0.79093, 0.76271, 0.75340)  # of red, green, blue in 0..1
+PIXEL_MEAN = (0.79093, 0.76271, 0.75340)  # of red, green and blue, on the scale 0..1
 PIXEL_STD = (0.30379, 0.32279, 0.32800)
 
-# An accident kept: the original places attention where a 256-pixel picture is 16 wide, whatever the real
-# size. That is resolution number 4, which only a decoder with five multipliers has.
+# The original puts attention where a 256-pixel picture would be 16 wide, whatever the real size: an accident that the
+# weights depend on. That is resolution number 4, which only decoders with five multipliers have.
 ATTENTION_RESOLUTION = 4
 
 
@@ -39,7 +40,7 @@ def _norm(channels: int, n_groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Twice (GroupNorm, swish, 3x3 convolution), added to the input: (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """GroupNorm, swish and a 3x3 convolution, twice, added to the input: (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int, n_groups: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class ResidualBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """One attention head over all cells, added to the input: (B, C, h, w) -> (B, C, h, w)."""
+    """Self-attention of one head over all cells, added to the input: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, n_groups: int) -> None:
         super().__init__()
@@ -69,12 +70,12 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (rearrange(part(y), "b c h w -> b (h w) c") for part in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)  # scores times C ** -0.5
+        y = F.scaled_dot_product_attention(q, k, v)  # scores are scaled by C ** -0.5
         return x + self.out(rearrange(y, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the coarsest resolution."""
+    """The layers at the coarsest resolution: residual block, attention, residual block."""
 
     def __init__(self, channels: int, n_groups: int) -> None:
         super().__init__()
@@ -87,9 +88,9 @@ class Middle(nn.Module):
 
 
 class Halve(nn.Module):
-    """3x3 convolution of stride 2; with ``pool`` the 2x2 average is added to it.
+    """Halve height and width by a 3x3 convolution of stride 2; with ``pool``, the 2x2 averages are added to it.
 
-    One zero row below and one zero column on the right, none above and left: the original's padding.
+    As in the original, zeros are padded only below (one row) and on the right (one column).
     """
 
     def __init__(self, channels: int, pool: bool = False) -> None:
@@ -103,7 +104,7 @@ class Halve(nn.Module):
 
 
 class Double(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Double height and width by repeating every value, then apply a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class Double(nn.Module):
 
 
 class Stage(nn.Module):
-    """All layers at one resolution: residual blocks, attention in one place only, then the change of size."""
+    """All layers at one resolution: residual blocks, attention where ``attend`` is true, then a change of size."""
 
     def __init__(self, c_in: int, c_out: int, n_blocks: int, n_groups: int, attend: bool, resize: nn.Module):
         super().__init__()
@@ -127,7 +128,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Normalised pixels (B, 3, H, W) to features (B, latent_channels, H/r, W/r), r = 2 ** (resolutions - 1)."""
+    """Normalised pixels (B, 3, H, W) to features (B, latent_channels, H/r, W/r), where r is the rate of level 0."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -176,20 +177,20 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook, shared by all levels: features in, the number of the nearest row out."""
+    """The codebook, which all levels share: features in, the number of the nearest row out."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.project = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
-        # Moved by averages of the vectors it stands for, never by a gradient.
+        # Each row follows a moving average of the vectors that it replaces, so it needs no gradient.
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.codebook_dim), requires_grad=False)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Codes (..., ) int64 of the codebook rows with the least squared distance to z (..., C)."""
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 the nearest row is often another one
+        """Codes (...) int64: for each vector of z (..., C), the codebook row at the least squared distance."""
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would often find another row
             flat = z.reshape(-1, z.shape[-1]).float()
             codebook = self.codebook.float()
-            # |z - e|^2 without |z|^2, which is the same for every row
+            # |z - e|^2 for every row e, without |z|^2, which does not change the order
             distance = codebook.pow(2).sum(1) - 2 * flat @ codebook.T
         return distance.argmin(1).reshape(z.shape[:-1])
 
@@ -198,16 +199,17 @@ class Quantizer(nn.Module):
         return rearrange(self.codebook[codes], "b h w c -> b c h w")
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise features (B, latent_channels, h, w).
+        """Quantize features (B, latent_channels, h, w).
 
         Returns:
-            rows (B, C, h, w) whose gradient goes to the features unchanged (straight through), the mean squared
-            distance to the projected features (the commitment loss, weight 1), codes (B, h, w).
+            codebook rows (B, C, h, w), whose gradient is passed to the features unchanged (the straight-through
+            estimator); their mean squared distance to the projected features (the commitment loss, which has weight 1);
+            and codes (B, h, w).
         """
         return self.straight_through(self.project(features))
 
     def straight_through(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``forward``, for features that are already projected: z (B, C, h, w)."""
+        """``forward`` for features that are already projected, z (B, C, h, w)."""
         z = rearrange(z, "b c h w -> b h w c").float()
         codes = self.nearest(z)
         rows = self.codebook[codes]
@@ -217,7 +219,7 @@ class Quantizer(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Pictures (B, 3, H, W) in 0..1 to codes (B, h, w) and back, at three rates.
+    """Pictures (B, 3, H, W) in 0..1 to codes (B, h, w) and back, at each of three levels.
 
     Example:
         >>> from minicogview.config import get_preset
@@ -241,19 +243,19 @@ class VQVAE(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def decoder(self, level: int) -> nn.Module:
-        """The decoder of a level; the checkpoint stores the one of the coarsest level first."""
+        """The decoder of a level. They are stored as in the checkpoint, that of the coarsest level first."""
         return self.decoders[self.levels - 1 - level]
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        """Pictures in 0..1 to about mean 0 and deviation 1 in each colour."""
+        """Pictures in 0..1 to mean 0 and standard deviation 1 in each colour, approximately."""
         return (pictures - self.pixel_mean) / self.pixel_std
 
     def denormalise(self, pictures: Tensor) -> Tensor:
-        """The inverse of ``normalise``; the result may leave 0..1 a little and is not clamped."""
+        """The inverse of ``normalise``; the result may lie slightly outside 0..1 and is not clamped."""
         return pictures * self.pixel_std + self.pixel_mean
 
     def features(self, pictures: Tensor, level: int) -> Tensor:
-        """What is quantised at a level, before the projection: (B, latent_channels, h, w) of 0..1 pictures."""
+        """Features (B, latent_channels, h, w) at a level, before projection and quantization, of pictures in 0..1."""
         self._check(pictures, level)
         x = self.encoder(self.normalise(pictures))
         for halve in self.halvers[:level]:
@@ -261,7 +263,7 @@ class VQVAE(nn.Module):
         return x
 
     def encode(self, pictures: Tensor, level: int) -> Tensor:
-        """Codes (B, h, w) int64 of pictures (B, 3, H, W) in 0..1; h = H / pixels a token.
+        """Codes (B, h, w) int64 of pictures (B, 3, H, W) in 0..1, where h = H / rate and w = W / rate.
 
         Raises:
             MiniCogViewError: if there is no such level, or the sides are not multiples of its rate.
@@ -270,7 +272,7 @@ class VQVAE(nn.Module):
         return self.quantizer.nearest(rearrange(projected, "b c h w -> b h w c"))
 
     def decode(self, codes: Tensor, level: int) -> Tensor:
-        """Pictures (B, 3, H, W) on the scale 0..1, not clamped, of codes (B, h, w).
+        """Pictures (B, 3, H, W), on the scale 0..1 but not clamped to it, from codes (B, h, w).
 
         Raises:
             MiniCogViewError: if there is no such level.
@@ -285,7 +287,7 @@ class VQVAE(nn.Module):
             pictures: (B, 3, H, W) in 0..1.
 
         Returns:
-            normalised reconstructions, level 0 first; the sum of the commitment losses; codes of each level.
+            normalised reconstructions, one for each level from 0; the sum of their commitment losses; and their codes.
         """
         self._check(pictures, self.levels - 1)
         x = self.encoder(self.normalise(pictures))
@@ -317,7 +319,7 @@ class VQVAE(nn.Module):
             )
 
 
-# Pieces of the official weight names and ours, applied in this order.
+# Parts of the official weight names and what we call them; the replacements are made in this order.
 OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
     (r"^enc\.", "encoder."),
     (r"^decs\.", "decoders."),
@@ -335,17 +337,17 @@ OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
 
 
 def from_official_name(name: str) -> str:
-    """Our name of a weight of the released tokenizer, such as ``enc.mid.attn_1.q.weight``."""
+    """Our name for a weight of the released tokenizer, such as ``enc.mid.attn_1.q.weight``."""
     for pattern, replacement in OFFICIAL_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def official_config(shapes: Mapping[str, Sequence[int]]) -> VQVAEConfig:
-    """Sizes of a released tokenizer, read off the shapes of its weights: the file carries no configuration.
+    """Sizes of a released tokenizer, from the shapes of its weights, since its file holds no configuration.
 
     Args:
-        shapes: official weight name to shape.
+        shapes: from official weight names to shapes.
 
     Raises:
         MiniCogViewError: if a weight that every tokenizer has is missing.
@@ -373,15 +375,15 @@ def official_config(shapes: Mapping[str, Sequence[int]]) -> VQVAEConfig:
         codebook_dim=codebook_dim,
         latent_channels=latent_channels,
         decoder_multipliers=tuple(multipliers(f"decs.{i}.up") for i in range(n_levels)),
-        n_groups=32,  # the original has no other
+        n_groups=32,  # always, in the original
     )
 
 
 def from_official(weights: Mapping[str, Tensor]) -> VQVAE:
-    """The tokenizer that released weights describe (the ``module`` dictionary of its file), in float32, eval mode.
+    """The tokenizer with released weights (the ``module`` dictionary of their file), in float32 and evaluation mode.
 
     Raises:
-        MiniCogViewError: if weights are missing, or too many, or of another shape.
+        MiniCogViewError: if weights are missing, are too many, or have another shape.
     """
     model = VQVAE(official_config({name: value.shape for name, value in weights.items()}))
     try:

@@ -1,12 +1,12 @@
-"""Windows: which keys each picture token of a fine grid looks at, and those keys side by side.
+"""Windows: which keys each picture token of a fine grid looks at, and all these keys in one list.
 
-The idea: a query looks at a rectangle of cells around itself. The cells may be those of its own grid or those of a
-coarser one, where the window is centred on the cell that contains the query. A few more keys, the words of a text, are
-seen by every query. This module says which keys those are; ``local_attention.py`` computes with them.
+The idea: a query looks at a rectangle of cells around itself. The cells belong to its own grid or to a coarser grid,
+where the window is centred on the cell that contains the query. Every query also sees a few more keys, the words of a
+text. This module says which keys a query sees; ``local_attention.py`` computes with them.
 CogView2 (Ding et al. 2022, arXiv 2204.14217), sections 3.3 and 4.
 
 Mirrors: the geometry of the CUDA operator ``localAttention`` that the official code installs separately. The original's
-window is 9 ROWS x 5 COLUMNS: it takes one of ``2 * 5 - 1`` by 5 cells, without causal order, probably by accident.
+window is 9 ROWS x 5 COLUMNS: it asks for ``2 * 5 - 1`` by 5 cells, without causal order, probably by accident.
 
 Shapes: ``B`` batch, ``Hi``, ``Wi`` fine grid, ``T = Hi * Wi`` queries, ``h``, ``w`` coarse grid, ``S`` keys of all
 kinds, ``G`` text keys, ``N`` heads, ``H`` head size. Grids and windows are (rows, columns).
@@ -29,18 +29,18 @@ class Coarse:
 
     k: Tensor  # (b, h * w, N, H)
     v: Tensor  # (b, h * w, N, H)
-    grid: Size  # (h, w); the fine grid is an integer multiple, each way
+    grid: Size  # (h, w); the fine grid is an integer multiple of it along each axis
     window: Size = (5, 5)
     bias: float | Tensor = 0.0  # added to these scores; a tensor is broadcast to (b, h * w)
 
 
 @dataclass(frozen=True)
 class Global:
-    """A few keys that every query sees: text."""
+    """A few keys that every query sees: the text."""
 
     k: Tensor  # (b, G, N, H)
     v: Tensor  # (b, G, N, H)
-    mask: Tensor | None = None  # (b, G) or (G,), 1 = may be looked at
+    mask: Tensor | None = None  # (b, G) or (G,), 1 where a key may be seen
     bias: float | Tensor = 0.0  # added to these scores; a tensor is broadcast to (b, G)
 
 
@@ -48,13 +48,13 @@ def window_cells(query_grid: Size, key_grid: Size, window: Size, causal: bool = 
     """The cells of every query's window, in raster order.
 
     Args:
-        query_grid: (Hi, Wi), an integer multiple of ``key_grid`` (h, w), each way.
-        window: rows and columns. An even number reaches one further up or left than down or right.
-        causal: keep only the cells before the centre, and the centre.
+        query_grid: (Hi, Wi), an integer multiple of ``key_grid`` (h, w) along each axis.
+        window: rows and columns. An even window reaches one cell further up or left than down or right.
+        causal: keep only the centre and the cells before it.
 
     Returns:
-        index (T, cells) int64 into the flattened key grid, and whether the cell lies inside that grid (T, cells).
-        The index of a cell outside is that of the nearest one inside.
+        The cells' index (T, cells) int64 in the flattened key grid, and whether each lies inside that grid (T, cells).
+        A cell outside gets the index of the nearest cell inside.
     """
     y, x = (
         (torch.arange(queries) // (queries // keys))[:, None] + torch.arange(size) - size // 2
@@ -70,7 +70,7 @@ def window_cells(query_grid: Size, key_grid: Size, window: Size, causal: bool = 
 
 
 def window_mask(query_grid: Size, key_grid: Size, window: Size, causal: bool = False) -> Tensor:
-    """Who may look at whom, (T, h * w) bool: the windows of ``window_cells``, drawn into a table.
+    """Which query sees which key, (T, h * w) bool: the windows of ``window_cells`` as a table.
 
     Example:
         >>> window_mask((1, 4), (1, 4), window=(1, 3)).int()
@@ -86,27 +86,27 @@ def window_mask(query_grid: Size, key_grid: Size, window: Size, causal: bool = F
     return mask
 
 
-Part = Coarse | Global  # the query's own grid is a "coarser" one at ratio 1
+Part = Coarse | Global  # one kind of keys; the query's own grid is a "coarse" grid at ratio 1
 
 
 @dataclass(frozen=True)
 class Keys:
-    """All keys in one list, part after part, so that one table of indices reaches them all."""
+    """The keys of all parts in one list, so that one table of indices can point to any of them."""
 
     k: Tensor  # (B, S, N, H)
     v: Tensor  # (B, S, N, H)
-    bias: Tensor | None  # (B, S) float, added to the scores; -inf for a key that nobody may look at
-    windows: tuple[tuple[Size, Size], ...]  # (grid, window) of every part that has them; these come first
+    bias: Tensor | None  # (B, S) float, added to the scores; -inf for a key that no query may see
+    windows: tuple[tuple[Size, Size], ...]  # (grid, window) of every ``Coarse`` part; these parts come first
     n_global: int
 
 
 def shared_by_group(x: Tensor, batch: int) -> Tensor:
-    """(b, ...) -> (B, ...): consecutive groups of B / b rows share one."""
+    """(b, ...) -> (B, ...): each row is repeated for the B / b consecutive rows that share it."""
     return x if len(x) == batch else x.repeat_interleave(batch // len(x), dim=0)
 
 
 def key_bias(part: Part, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of each key, (b, n)."""
+    """The bias that is added to the scores of each key, (b, n); -inf where the mask is 0."""
     bias = torch.as_tensor(part.bias, dtype=dtype, device=part.k.device).expand(part.k.shape[:2])
     if isinstance(part, Global) and part.mask is not None:
         bias = bias.masked_fill(~part.mask.bool(), float("-inf"))
@@ -119,7 +119,7 @@ def no_bias(part: Part) -> bool:
 
 
 def collect_keys(parts: list[Part], batch: int) -> Keys:
-    """Put the keys of all parts side by side, and repeat those that several rows share."""
+    """Join the keys of all parts in one list, and repeat those that several rows share."""
     exact, plain = torch.promote_types(parts[0].k.dtype, torch.float32), all(map(no_bias, parts))
     return Keys(
         k=torch.cat([shared_by_group(p.k, batch) for p in parts], dim=1),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported: two threads of one process wait for one another when pytest-xdist fills the cores.
+# Before torch is imported: the threads of one process wait for one another when pytest-xdist uses all cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before Triton is imported: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
@@ -15,7 +15,7 @@ if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make property tests repeatable: the same examples in every run, and no limit on the time of one."""
+    """Make property tests repeatable: the same examples in every run, and no time limit for a single one."""
     try:
         from hypothesis import settings
     except ModuleNotFoundError:  # only some test files need it

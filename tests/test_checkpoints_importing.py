@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_data import GOLDEN, RELEASED
 from safetensors import safe_open
 from test_checkpoints_sat import cut
-from test_parity import GOLDEN, RELEASED
 from tiny import SHIPPED, TINY
 from torch import Tensor, nn
 

@@ -62,5 +62,5 @@ def test_bad_label_files_are_refused(tmp_path: Path):
         clusters.load_labels(path, 30)
     for wrong in (-1, 0.5, np.nan):
         np.save(path, np.full(30, wrong))
-        with pytest.raises(MiniCogViewError, match="whole numbers"):
+        with pytest.raises(MiniCogViewError, match="integers"):
             clusters.load_labels(path, 30)

@@ -1,6 +1,10 @@
-"""CogLM on tiny random weights: the loop that fills, and the tasks built on it."""
+"""CogLM on tiny random weights: the loop that generates tokens, and the tasks that are built on it."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from minicogview.coglm import Batch, CogLM, collate
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.sampling import Sampler
+from minicogview.scale.decoding import fast_steps
 
 LAYOUT = LayoutConfig(max_text=8, grid=4, n_patches=2, patch_size=2)
 IDS = SpecialIds(pad=33, boi=60, boe=61, boc=62)
@@ -34,7 +39,7 @@ def greedy(rows: int) -> Sampler:
 
 
 def test_drawing_equals_the_uncached_argmax(model: CogLM) -> None:
-    """Every token must be the likeliest one under a plain forward pass over all tokens before it."""
+    """Every token must be the likeliest one by a plain forward pass over all the tokens before it."""
     codes = model.generate([TEXT], greedy(1)).tokens[0]
     tokens = torch.tensor([[*TEXT, IDS.boi, *codes.tolist()]])
     positions, mask = masking.inference(len(TEXT), tokens.shape[1], LAYOUT)
@@ -72,6 +77,32 @@ def test_guidance_of_one_text_with_itself_changes_nothing(model: CogLM) -> None:
     assert torch.equal(model.generate([[]], greedy(1), guidance=3.0).tokens, plain)
     guided = model.generate([TEXT], greedy(2), n=2, guidance=3.0)
     assert guided.tokens.shape == (2, 16)
+
+
+def test_steps_taken_a_faster_way_draw_the_same(model: CogLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    region = torch.ones(4, 4)
+    calls: list[int] = []
+
+    @contextmanager
+    def decoding(model: CogLM, rows: int) -> Iterator[None]:
+        calls.append(rows)
+        with fast_steps(model, rows):
+            yield
+
+    def draw() -> list[torch.Tensor]:
+        sampler = Sampler([5, 6], SamplingConfig(top_k=30), n_steps=16)
+        made = [
+            model.generate([TEXT], greedy(1)),
+            model.generate([TEXT], sampler, n=2, text_weight=1.4, guidance=2.0),
+            model.complete(TEXT, torch.arange(16), region, sampler, n=2),
+        ]
+        return [filled.tokens for filled in made]
+
+    plain = draw()
+    monkeypatch.setattr(model, "decoding", decoding)
+    assert all(torch.equal(fast, tokens) for fast, tokens in zip(draw(), plain, strict=True))
+    assert calls == [1, 4, 2]  # guidance doubles the rows
+    assert "code_logits" not in vars(model)  # the fast way ends with the call
 
 
 def test_text_weight_changes_the_picture(model: CogLM) -> None:
@@ -119,6 +150,21 @@ def test_errors_name_the_limit(model: CogLM) -> None:
         model.generate([[35] * 9], greedy(1))
     with pytest.raises(MiniCogViewError, match="n=2"):
         model.generate([TEXT, TEXT], greedy(2), n=2)
+
+
+def test_rms_norm_learns_and_draws(model: CogLM) -> None:
+    torch.manual_seed(0)
+    transformer = dataclasses.replace(model.config.transformer, norm_kind="rms")
+    other = CogLM(dataclasses.replace(model.config, transformer=transformer))
+    batch = collate([masking.text_to_image(torch.tensor([*TEXT, IDS.pad, *range(16)]), IDS, LAYOUT)])
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = other(batch)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2  # it knows its only picture by heart
+    assert other.eval().generate([TEXT], greedy(1)).tokens[0].tolist() == list(range(16))
 
 
 def test_the_small_preset_takes_a_training_step() -> None:

@@ -1,4 +1,4 @@
-"""Editing: any mask and any picture, and not a bit of change outside of the mask."""
+"""Editing takes any mask and any picture, and changes not a single bit outside the mask."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_masks_of_every_kind() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(40, 40), (33, 61), (5, 9)])
-def test_pixels_outside_of_the_mask_do_not_change(model: CogView2, mode: str, size: tuple[int, int]) -> None:
+def test_pixels_outside_the_mask_do_not_change(model: CogView2, mode: str, size: tuple[int, int]) -> None:
     picture = noise(*size, mode)
     mask = torch.zeros(size, dtype=torch.bool)
     mask[1:4, 2:5], mask[-1, -1] = True, True  # two spots, one at the corner

@@ -1,4 +1,4 @@
-"""Counting on the meta device: against the real models and against formulas."""
+"""What is counted on the meta device agrees with the real models and with formulas."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def test_parameters_are_those_of_the_real_models() -> None:
     n_coglm = sum(p.numel() for p in coglm.parameters())
     assert numbers["stages"]["coglm"]["parameters"] == n_coglm
     stages = numbers["stages"]
-    sharpening = stages["direct"]["parameters"] + stages["iterative"]["parameters"]
-    assert sharpening == sum(
+    super_resolution = stages["direct"]["parameters"] + stages["iterative"]["parameters"]
+    assert super_resolution == sum(
         p.numel()
         for module in (DirectSR(TINY.direct).fine_attention, IterativeSR(TINY.iterative))
         for p in module.parameters()
     ) + 81 * 16
-    assert numbers["total"]["parameters"] == n_coglm + sharpening + sum(p.numel() for p in vqvae.parameters())
+    assert numbers["total"]["parameters"] == n_coglm + super_resolution + sum(p.numel() for p in vqvae.parameters())
     assert numbers["total"]["fp32_bytes"] == 4 * numbers["total"]["parameters"]
 
 
 def test_drawing_costs_what_its_steps_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps, run on real tensors, against the two that are counted and averaged."""
+    """All steps, run on real tensors, cost as much as the two that are counted and averaged."""
     monkeypatch.setattr(packing, "can_pack", lambda *_: False)  # the counter does not know packed products
     model = CogLM(TINY.coglm).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,4 @@
-"""The Frechet distance on the tokenizer's features: against numpy, and in the cases where the answer is known."""
+"""The Frechet distance on the tokenizer's features agrees with numpy, and with the answer where it is known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vqvae() -> VQVAE:
 
 
 def pictures(n: int, seed: int) -> torch.Tensor:
-    """Coloured noise on backgrounds of other colours: (n, 3, 16, 16)."""
+    """Coloured noise on backgrounds of random colours: (n, 3, 16, 16)."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(n, 3, 1, 1, generator=generator) + torch.rand(n, 3, 16, 16, generator=generator)) / 2
 

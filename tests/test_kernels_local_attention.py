@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference, in the interpreter or on a GPU; and compiled for GPUs that are not here."""
+"""The kernels of local attention against the reference, in the interpreter or on a GPU; and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from test_local_attention import CASES, Case, call, gradients, inputs
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.local_attention import choose_impl, local_attention, why_no_triton
+from minicogview.local_attention import choose_impl, local_attention
 from minicogview.windows import Coarse, Global
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# In the interpreter a program takes tens of milliseconds: small grids, all kinds of keys.
+# In the interpreter a program takes tens of milliseconds, so these grids are small; all kinds of keys occur.
 SMALL = {
     "wide window": Case((5, 9), (41, 39), batch=1, rows=1),
     "wide and causal": Case((9, 5), (41, 39), batch=1, rows=1, causal=True),
@@ -38,7 +38,7 @@ SMALL = {
     "one row of keys": Case((9, 9), n_text=4, batch=3, rows=1, padding=True),
 }
 LARGE = ["odd sizes", "causal", "even window", "one pixel", "small grid", "coarse alone", "text alone", "empty batch"]
-# In the interpreter a program takes tens of milliseconds; on a GPU everything is run.
+# On a GPU every case is run.
 EVERY = {n: CASES[n] for n in (CASES if DEVICE == "cuda" else LARGE)} | {f"{n}, small": c for n, c in SMALL.items()}
 
 
@@ -51,7 +51,7 @@ def without_bias_gradients(leaves: dict[str, Tensor | None]) -> dict[str, Tensor
 
 
 def assert_same(case: Case, leaves: dict[str, Tensor | None], atol: float) -> None:
-    """Results and gradients of both forms; no gradient is asked of a bias."""
+    """Compare results and gradients of both forms, except the gradient of a bias."""
     leaves = without_bias_gradients(on_device(leaves))
     learned = {n: x for n, x in leaves.items() if x is not None and x.requires_grad}
     out, expected = call(case, leaves, "triton"), call(case, leaves, "reference")
@@ -117,8 +117,16 @@ def test_a_text_that_is_all_padding_gives_zeros_and_no_gradient() -> None:
     assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), [q, kv]))
 
 
+def test_no_keys_at_all_give_zeros() -> None:
+    q = torch.randn(1, 9, 1, 16, device=DEVICE, requires_grad=True)
+    empty = torch.zeros(1, 0, 1, 16, device=DEVICE)
+    for impl in ("reference", "triton"):
+        out = local_attention(q, None, None, (3, 3), everywhere=Global(empty, empty), impl=impl)
+        assert (out == 0).all() and (torch.autograd.grad(out.sum(), q)[0] == 0).all()
+
+
 def test_pytorch_knows_the_operators() -> None:
-    """Shapes without numbers, gradients and aliasing, as torch.compile wants them."""
+    """Shapes without numbers, gradients and aliasing, as torch.compile needs them."""
     from minicogview.kernels.launch import attend
 
     q, k, v = torch.randn(3, 1, 6, 1, 16, device=DEVICE, requires_grad=True)
@@ -127,7 +135,7 @@ def test_pytorch_knows_the_operators() -> None:
 
 
 def test_under_torch_compile_and_autocast() -> None:
-    """Compiled as one graph, gradients included; under autocast in the type that the projections give."""
+    """It compiles as one graph with its gradients; under autocast it computes in the type of the projections."""
     q, k, v = torch.randn(3, 1, 12, 2, 16, device=DEVICE, requires_grad=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -147,16 +155,16 @@ def test_under_torch_compile_and_autocast() -> None:
     torch.testing.assert_close(out, wanted, atol=1e-2, rtol=0)
 
 
-# --- what auto takes, and what is refused
+# --- what "auto" chooses, and what the kernels refuse
 
 
-def test_auto_takes_the_kernels_on_a_gpu_alone() -> None:
+def test_auto_chooses_the_kernels_on_a_gpu_only() -> None:
     q = torch.zeros(1, 4, 1, 16, device=DEVICE)
     assert choose_impl("auto", q) == ("triton" if DEVICE == "cuda" else "blocked")
     assert choose_impl("auto", q.double()) == "blocked"
 
 
-def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_say_what_the_kernels_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 4, 1, 16, device=DEVICE)
     with pytest.raises(MiniCogViewError, match=r"cannot run: q is torch.float64: use one of torch.float32"):
         local_attention(q.double(), q.double(), q.double(), (2, 2), impl="triton")
@@ -165,16 +173,16 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(MiniCogViewError, match=r"use one of torch.float32, torch.float16 in Triton.s interp"):
             local_attention(bf16, bf16, bf16, (2, 2), impl="triton")
     large = torch.zeros(1, 4, 1, 256, device=DEVICE)
-    with pytest.raises(MiniCogViewError, match=r"heads of size 256: at most 128"):
+    with pytest.raises(MiniCogViewError, match=r"heads of size 256: use at most 128"):
         local_attention(large, large, large, (2, 2), impl="triton")
     bias = torch.zeros(1, 1, device=DEVICE, requires_grad=True)
     coarse = Coarse(q[:, :1], q[:, :1], (1, 1), (1, 1), bias)
     with pytest.raises(MiniCogViewError, match="no gradient of bias: detach it"):
         local_attention(q, q, q, (2, 2), coarse=coarse, impl="triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "q is on cpu: use a GPU, or set TRITON_INTERPRET=1" in why_no_triton(q.cpu())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_no_triton(q).startswith("Triton is not installed: pip install triton")
+    with pytest.raises(MiniCogViewError, match=r"cannot run: Triton is not installed: pip install triton"):
+        local_attention(q, q, q, (2, 2), impl="triton")
+    assert choose_impl("auto", q) == "blocked"
 
 
 # --- compiled ahead of time
@@ -189,7 +197,7 @@ def tool(name: str) -> str | None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_compiled_kernels_use_tensor_cores_and_fit_into_the_registers() -> None:
-    """The sizes of the released models: 60 x 60 tokens, 48 heads of 64, and the toy's text."""
+    """At the sizes of the released models, 60 x 60 tokens and 48 heads of 64, and with the toy's text."""
     if tool("cuobjdump") is None:
         pytest.skip("no cuobjdump beside Triton")
     script = Path(__file__).parents[1] / "benchmarks" / "kernel_resources.py"

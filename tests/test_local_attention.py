@@ -1,4 +1,4 @@
-"""Local attention: the windows, both forms against each other and against plain loops, gradients, and bad input."""
+"""Local attention: the windows, two forms against each other and against plain loops, gradients, and bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minicogview.windows import Coarse, Global, Size, collect_keys, window_cells
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call; None leaves a kind of keys out."""
+    """The sizes of one call; None leaves a kind of keys out."""
 
     grid: Size
     window: Size | None = (9, 5)
@@ -28,7 +28,7 @@ class Case:
     coarse_window: Size = (5, 5)
     n_text: int = 0
     batch: int = 2  # rows of q
-    rows: int = 2  # rows of all keys
+    rows: int = 2  # rows of keys of every kind
     causal: bool = False
     heads: Size = (2, 8)  # heads, head size
     bias: str = "none"  # or "number", "tensor"
@@ -66,7 +66,7 @@ BY_NAME = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor | None]:
-    """Random leaves: the joint projections as the model makes them (rows, tokens, q k v, heads, size), and biases."""
+    """Random leaves: joint projections as in the model, (rows, tokens, q k v, heads, head size), and biases."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -86,7 +86,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dic
 
 
 def call(case: Case, leaves: dict[str, Tensor | None], impl: str, **changes) -> Tensor:
-    """``local_attention`` on views of the leaves, none of which is contiguous."""
+    """Call ``local_attention`` on views of the leaves, none of which is contiguous."""
     own, number = leaves.get("own"), 1.5 if case.bias == "number" else 0.0
     k, v = (None, None) if own is None else own.unbind(2)[1:]
     coarse = text = None
@@ -104,7 +104,7 @@ def call(case: Case, leaves: dict[str, Tensor | None], impl: str, **changes) -> 
 
 
 def gradients(out: Tensor, leaves: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Of every leaf, for a fixed random direction."""
+    """The gradient of every leaf, for a fixed random gradient of the output."""
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
     given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     grads = torch.autograd.grad(out, list(given.values()), direction, allow_unused=True)
@@ -154,7 +154,7 @@ def test_cells_outside_are_marked_and_point_inside() -> None:
     assert (inside.sum(1) == 4).all()  # the window covers the whole coarse grid
 
 
-# --- both forms
+# --- the reference and the blocked form
 
 
 def test_the_reference_by_plain_loops() -> None:
@@ -190,7 +190,7 @@ def test_blocked_equals_reference(case: Case) -> None:
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
     for (name, grad), wanted in zip(gradients(out, leaves).items(), gradients(expected, leaves).values()):
         torch.testing.assert_close(grad, wanted, atol=3e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-    with torch.no_grad():  # a few tiles at a time
+    with torch.no_grad():  # without gradients: a few tiles at a time
         torch.testing.assert_close(call(case, leaves, "blocked"), expected, atol=1e-5, rtol=0)
 
 
@@ -229,7 +229,7 @@ def test_any_shape(key_grid, ratio, window, coarse_window, n_text, causal, tile)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
-def test_tables_made_while_drawing_serve_training() -> None:
+def test_tables_made_during_inference_can_be_used_in_training() -> None:
     make_tiling.cache_clear()
     case = CASES["coarse"]
     leaves = inputs(case)
@@ -246,7 +246,7 @@ def test_a_text_that_is_all_padding_gives_nothing_instead_of_nan() -> None:
         assert (out == 0).all()
 
 
-def test_sizes_may_be_lists_as_they_come_from_json() -> None:
+def test_sizes_may_be_lists_as_json_gives_them() -> None:
     case = CASES["coarse"]
     leaves = inputs(case)
     k, v = leaves["own"].unbind(2)[1:]
@@ -330,7 +330,7 @@ def test_autocast() -> None:
 # --- choices and bad input
 
 
-def test_what_auto_takes_can_be_asked() -> None:
+def test_choose_impl_says_what_auto_chooses() -> None:
     assert choose_impl() == "blocked"
     assert [choose_impl(impl) for impl in ("reference", "blocked")] == ["reference", "blocked"]
     case = CASES["coarse"]
@@ -345,11 +345,11 @@ BAD: dict[str, tuple[dict, str]] = {
     "grid of nothing": ({"grid": (0, 24)}, r"grid \(0, 24\)"),
     "no heads axis": ({"q": Q.flatten(2)}, r"q has shape \(2, 24, 16\)"),
     "k alone": ({"v": None}, r"give both k and v"),
-    "no keys": ({"k": None, "v": None}, r"give both k and v, or neither and coarse or global keys"),
+    "no keys": ({"k": None, "v": None}, r"give both k and v, or leave both out and give coarse or everywhere"),
     "k of another grid": ({"k": Q[:, :20]}, r"k has shape \(2, 20, 2, 8\): expected \(2, 24, 2, 8\)"),
     "v of another head size": ({"v": Q[..., :4]}, r"v has shape"),
     "v of another batch": ({"v": Q[:1]}, r"v has shape \(1, 24, 2, 8\): expected \(2, "),
-    "batch not divisible": ({"k": Q[[0, 0, 0]], "v": Q[[0, 0, 0]]}, r"k has 3 rows: .* divide that of q, 2"),
+    "batch not divisible": ({"k": Q[[0, 0, 0]], "v": Q[[0, 0, 0]]}, r"k has 3 rows, which does not divide the 2 of q"),
     "no rows of keys": ({"k": Q[:0], "v": Q[:0]}, r"k has 0 rows"),
     "types": ({"k": Q.half()}, r"k is torch.float16, but q is torch.float32"),
     "devices": ({"v": Q.to("meta")}, r"v is on meta, but q is on cpu"),

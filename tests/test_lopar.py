@@ -1,4 +1,4 @@
-"""Iterative super-resolution: the schedule as data and by rule, and what a round may change."""
+"""The iterative stage: its schedule, as data and by rule, and what a round may change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def samplers(schedule: Schedule, seeds: tuple[int, int] = (0, 1)) -> list[Sample
 def test_official_schedule_masks_as_many_as_the_original() -> None:
     counts = [int(OFFICIAL.masked(r, (60, 60)).sum()) for r in range(1, 7)]
     assert counts == [2300, 1900, 1500, 1000, 600, 200]
-    assert int((~OFFICIAL.masked(1, (60, 60))).sum()) == 1300  # never guessed again
+    assert int((~OFFICIAL.masked(1, (60, 60))).sum()) == 1300  # never resampled
 
 
 def test_every_later_round_masks_a_part_of_the_one_before() -> None:

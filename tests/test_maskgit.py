@@ -1,4 +1,4 @@
-"""MaskGIT's decoding: how many cells each round masks, and that they are those the model is least sure of."""
+"""MaskGIT's decoding: how many cells each round masks, and that the model is least sure of just these."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def test_every_round_masks_as_many_as_the_cosine_says(model: IterativeSR) -> Non
         assert torch.equal(before[~mask], after[~mask])
         before = after
     for earlier, later in pairwise(masks):
-        assert not (later & ~earlier).any()  # what was kept once is kept
+        assert not (later & ~earlier).any()  # a cell that was kept once stays
     assert (masks[-1][0] != masks[-1][1]).any()  # each picture has its own cells
 
 
-def test_nothing_is_left_of_the_draft(model: IterativeSR) -> None:
+def test_the_direct_stages_codes_are_all_replaced(model: IterativeSR) -> None:
     *_, one = resample_by_confidence(model, TEXTS, fine_codes(), samplers())
     *_, other = resample_by_confidence(model, TEXTS, (fine_codes() + 1) % CODES, samplers())
     assert torch.equal(one, other)
-    told = make(fine_start="enlarged")
+    told = make(fine_start="enlarged")  # its fine tokens start from the picture that is replaced
     *_, one = resample_by_confidence(told, TEXTS, fine_codes(), samplers())
     *_, other = resample_by_confidence(told, TEXTS, (fine_codes() + 1) % CODES, samplers())
     assert not torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""Masks: every task on small layouts, what each row predicts, and that no row ever learns of its own target."""
+"""Masks: every task on small layouts, what each row predicts, and that no row ever sees its own target."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def loss_rows(sample: Sample) -> list[int]:
     return sample.loss_mask.nonzero().flatten().tolist()
 
 
-# --- no row learns of its target
+# --- no row sees its target
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -91,7 +91,7 @@ def random_transformer(layout: LayoutConfig) -> Transformer:
     n_positions = max(layout.max_text + 1 + layout.n_image, 40)
     model = Transformer(TransformerConfig(2, 16, 2, V, n_positions)).eval()
     for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.5)  # so large that nothing is lost in rounding
+        torch.nn.init.normal_(weight, std=0.5)  # large enough that no influence is lost to rounding
     return model
 
 
@@ -111,7 +111,7 @@ def influence(sample: Sample, layout: LayoutConfig) -> Tensor:
 def test_logits_depend_on_what_may_be_seen_and_on_nothing_else(task: str) -> None:
     sample = training_samples(SMALL)[task]
     change = influence(sample, SMALL)
-    seeing = sample.mask.any(1)  # rows that may see nothing are averages over everything; nobody reads them
+    seeing = sample.mask.any(1)  # rows that see nothing average over everything, and nobody reads them
     own = torch.eye(len(change), dtype=torch.bool)  # a row always knows its own token, from the residual stream
     hidden = ~sample.mask & ~own & seeing[:, None]
     assert change[hidden].max() < 1e-4
@@ -126,7 +126,7 @@ def test_nothing_leaks_in_inference_and_completion() -> None:
 
 
 def test_a_leak_would_be_noticed() -> None:
-    """The check itself is checked: a picture that sees its caption tells it to the caption's rows."""
+    """This tests the test: a picture that sees its caption passes it on to the caption's rows."""
     sample = training_samples(SMALL)["caption, whole picture"]
     sample.mask[-SMALL.n_image :, :5] = True
     row = loss_rows(sample)[0]

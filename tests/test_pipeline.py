@@ -1,9 +1,8 @@
-"""From text to pictures: loading, drawing, filling in, describing, and the object that holds pictures."""
+"""From text to pictures: loading, drawing, filling in and describing."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 import shutil
 import subprocess
@@ -22,7 +21,6 @@ from minicogview.attention import attention_bias
 from minicogview.checkpoints.files import save_model
 from minicogview.config import PRESETS
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import contact_sheet, enlarge, save
 from minicogview.pipeline import CogView2
 from minicogview.vqvae import VQVAE
 
@@ -193,37 +191,6 @@ def test_caption_and_score(model: CogView2) -> None:
     assert (together < 0).all() and len(model.score(picture, [])) == 0
     with pytest.raises(MiniCogViewError, match="text is empty"):
         model.score(picture, ["cat", ""])
-
-
-# --- the object that holds pictures
-
-
-def test_pictures_show_themselves(model: CogView2) -> None:
-    pictures = model.generate("cat", n=10)
-    shown = Image.open(io.BytesIO(pictures._repr_png_()))
-    assert shown.size == (8 * (11 * 12 + 4) + 4, 2 * (11 * 12 + 4) + 4)  # 12 pixels enlarged to 132
-    assert pictures.sheet(1).size == (8 * 16 + 4, 2 * 16 + 4)
-    with pytest.raises(MiniCogViewError, match="scale is -1"):
-        pictures.sheet(-1)
-
-
-def test_contact_sheet_puts_texts_below_one_another() -> None:
-    red, blue = (Image.new("RGB", (2, 3), colour) for colour in ("red", "blue"))
-    sheet = contact_sheet([[red, red, red], [blue]], scale=2, columns=2, gap=1)
-    assert sheet.size == (11, 22)
-    where = {(1, 1): "red", (6, 1): "red", (1, 8): "red", (6, 8): "white", (1, 15): "blue", (0, 0): "white"}
-    for place, colour in where.items():
-        assert sheet.getpixel(place) == Image.new("RGB", (1, 1), colour).getpixel((0, 0)), place
-    assert enlarge(red, 3).size == (6, 9)
-
-
-def test_saving_leaves_no_half_files(tmp_path: Path) -> None:
-    save(Image.new("RGB", (2, 2)), tmp_path / "new" / "a.png")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
-    (tmp_path / "b.png").mkdir()
-    with pytest.raises(MiniCogViewError, match=r"cannot write .*b\.png"):
-        save(Image.new("RGB", (2, 2)), tmp_path / "b.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.png", "new"]
 
 
 # --- loading

@@ -1,4 +1,4 @@
-"""Transformer: the three norm orders, PB-relax, the KV cache, what Record keeps, and both ways to attend."""
+"""Transformer: the three orders and two kinds of norms, who sees whom, the KV cache, and what Record keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minicogview.attention import MASKED, attention_bias, attention_weights
+from minicogview.attention import attention_bias
 from minicogview.config import TransformerConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.transformer import Block, KVCache, Record, Transformer
@@ -38,13 +38,6 @@ def batch(rows: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 def causal(n: int = T) -> torch.Tensor:
     return torch.ones(n, n).tril()
-
-
-def queries(scale: float, n_heads: int = 2, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k (1, N, T, H) whose scores are about ``scale ** 2`` large."""
-    generator = torch.Generator().manual_seed(2)
-    q, k = torch.randn(2, 1, n_heads, T, size, generator=generator) * scale
-    return q, k
 
 
 # --- the block
@@ -102,29 +95,48 @@ def test_an_unknown_norm_is_refused():
         build(norm="middle")
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_rms_norm_is_its_formula(order):
+    """x / sqrt(mean(x ** 2)) * weight: no mean is subtracted, and there is no bias."""
+    model = build(norm=order, norm_kind="rms")
+    norms = [(name, part) for name, part in model.named_modules() if name.endswith("norm")]
+    assert len(norms) == L * (4 if order == "sandwich" else 2) + 1
+    assert not any("norm.bias" in name for name, _ in model.named_parameters())
+    x = 3 + torch.randn(2, T, D, generator=torch.Generator().manual_seed(3))
+    for _, norm in norms:
+        torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight)
+    block = model.layers[0]
+    torch.testing.assert_close(block(x, attention_bias(causal()), 0, None, None), by_hand(block, x, order))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_training_step_lowers_the_loss(kind):
+    torch.manual_seed(0)
+    model, (tokens, positions) = Transformer(build(norm_kind=kind).config), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss() -> torch.Tensor:
+        logits = model.logits(model(tokens, positions, attention_bias(causal())))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    before = loss()
+    before.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    optimizer.step()
+    assert loss() < before
+
+
+def test_an_unknown_kind_of_norm_is_refused():
+    with pytest.raises(MiniCogViewError, match=r"unknown norm_kind 'batch': choose one of layer, rms"):
+        build(norm_kind="batch")
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(MiniCogViewError, match="d_model 24 is not a multiple of n_heads 5"):
         build(n_heads=5)
 
 
-# --- attention
-
-
-def test_attention_is_softmax_of_scaled_scores():
-    q, k = queries(1.0)
-    weights = attention_weights(q, k, attention_bias(causal()))
-    scores = q[0, 1] @ k[0, 1].T / 4  # head 1; the square root of a head size of 16
-    expected = torch.where(causal().bool(), scores, -torch.inf).softmax(-1)
-    torch.testing.assert_close(weights[0, 1], expected)
-
-
-def test_bias_of_masks_and_weights():
-    row = torch.tensor([1.4, 0.0, 0.0])
-    bias = attention_bias(causal(3), row)
-    assert bias.shape == (1, 1, 3, 3)
-    assert bias[0, 0, 0].tolist() == pytest.approx([1.4, MASKED, MASKED])  # a weight never lifts a mask
-    assert bias[0, 0, 2].tolist() == pytest.approx([1.4, 0, 0])
-    assert attention_bias(causal(3).expand(5, 3, 3).bool()).shape == (5, 1, 3, 3)
+# --- who sees whom
 
 
 def test_a_row_that_may_see_nothing_stays_finite():
@@ -143,53 +155,15 @@ def test_later_tokens_do_not_change_earlier_rows():
     assert (before[:, 6:] - after[:, 6:]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("relax", [None, 32.0])
-def test_the_plain_and_the_fused_path_agree_with_gradients(relax):
-    bias = attention_bias(causal(), torch.linspace(0, 1, T))
-    outputs, gradients = [], []
-    for fused in (False, True):
-        q, k = (part.clone().requires_grad_() for part in queries(1.5))
-        v = torch.randn(q.shape, generator=torch.Generator().manual_seed(4)).requires_grad_()
-        if fused:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        else:
-            y = attention_weights(q, k, bias, relax) @ v
-        y.square().sum().backward()
-        outputs.append(y.detach())
-        gradients.append(torch.stack([q.grad, k.grad, v.grad]))
-    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_model_gives_the_same_with_and_without_gradients(order):
     model, (tokens, positions) = build(norm=order), batch()
     bias = attention_bias(causal())
-    plain = model(tokens, positions, bias)  # parameters want gradients: the plain path on a CPU
+    plain = model(tokens, positions, bias)  # with gradients a CPU takes the written-out path
     with torch.no_grad():
         fused = model(tokens, positions, bias)
     assert plain.requires_grad and not fused.requires_grad
     torch.testing.assert_close(plain.detach(), fused, atol=1e-5, rtol=1e-5)
-
-
-# --- PB-relax
-
-
-def test_pb_relax_changes_nothing_in_exact_arithmetic():
-    q, k = (part.double() for part in queries(5.0))
-    bias = attention_bias(causal(), torch.linspace(0, 1.4, T)).double()
-    plain, relaxed = attention_weights(q, k, bias), attention_weights(q, k, bias, 32.0)
-    torch.testing.assert_close(relaxed, plain, atol=1e-12, rtol=0)
-    torch.testing.assert_close(relaxed.sum(-1), torch.ones(1, 2, T).double())
-
-
-def test_pb_relax_survives_scores_that_overflow_fp16():
-    q, k = queries(300.0)
-    exact = attention_weights(q, k, None)
-    assert (q @ k.transpose(-1, -2) / 4).abs().max() > 65504
-    assert attention_weights(q.half(), k.half(), None).isnan().any()
-    relaxed = attention_weights(q.half(), k.half(), None, 32.0)
-    torch.testing.assert_close(relaxed.float(), exact, atol=0.02, rtol=0)
 
 
 def test_a_model_with_pb_relax_equals_one_without():

@@ -1,4 +1,4 @@
-"""All three stages together: what each leaves behind, and what editing may not touch."""
+"""All three stages together: what each of them returns, and what editing may not touch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_picture_follows_from_its_seed_alone(model: CogView2) -> None:
     assert torch.equal(four.fine_tokens[2], one.fine_tokens[0])
 
 
-def test_the_kept_ones_are_sharpened_in_their_order(model: CogView2) -> None:
+def test_selected_pictures_are_upsampled_in_their_order(model: CogView2) -> None:
     all_of_them, kept = (model.generate("cat", n=4, keep=keep) for keep in (4, 2))
     assert kept.seeds == all_of_them.seeds[:2] and len(kept) == 2
     assert all_of_them.fine_tokens is not None and kept.fine_tokens is not None
@@ -94,7 +94,7 @@ def test_progress_names_the_stages(model: CogView2) -> None:
     assert all(0 < done <= total for _, done, total in steps) and steps[-1] == ("iterative", 2, 2)
 
 
-def test_editing_sharpens_what_the_mask_marks_and_nothing_else(model: CogView2) -> None:
+def test_editing_upsamples_what_the_mask_marks_and_nothing_else(model: CogView2) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     mask = torch.zeros(50, 70, dtype=torch.bool)
     mask[20:31, 5:22] = True

@@ -1,4 +1,4 @@
-"""The picture tokenizer, its training and its measures. Equality with the original: test_parity.py."""
+"""The picture tokenizer, its training and its measures. Equality with the original: parity/test_parity_vqvae.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange, reduce, repeat
+from tiny import keep_emoji
 from torch import Tensor
 
 from minicogview.checkpoints.files import load_vqvae
@@ -38,7 +39,7 @@ def tiny() -> VQVAE:
 
 
 def mosaics(n: int = 64, size: int = 16) -> Tensor:
-    """Pictures (N, 3, S, S) uint8 whose 4x4 cells have one of 8 plain colours: what a tiny model learns in seconds."""
+    """Pictures (N, 3, S, S) uint8 whose 4x4 cells each have one of 8 colours: a tiny model learns them in seconds."""
     generator = torch.Generator().manual_seed(0)
     palette = torch.randint(0, 256, (8, 3), generator=generator).to(torch.uint8)
     cells = palette[torch.randint(0, 8, (n, size // 4, size // 4), generator=generator)]
@@ -128,7 +129,7 @@ def test_a_row_moves_to_the_mean_of_its_vectors() -> None:
     torch.testing.assert_close(learner.codebook.data, torch.tensor([[3.0, 0.0], [0.0, 1.0]]), atol=1e-3, rtol=0)
 
 
-def test_dead_rows_revive_where_the_codebook_serves_badly() -> None:
+def test_unused_rows_move_to_where_the_error_is_largest() -> None:
     learner = CodebookLearner(torch.nn.Parameter(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), requires_grad=False))
     learner.counts[1] = 0.0
     z = torch.cat([torch.zeros(100, 2), torch.tensor([[0.0, 5.0]])])  # background, and one detail
@@ -247,8 +248,13 @@ def toy() -> VQVAE:
     return load_vqvae(Path(__file__).parents[1] / "minicogview/weights/toy/vqvae.safetensors")
 
 
-def test_the_shipped_tokenizer_keeps_its_promise(toy: VQVAE) -> None:
+def test_the_shipped_tokenizer_keeps_its_promise(
+    toy: VQVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every fourth held-out picture."""
     assert toy.config == get_preset("toy").vqvae
+    keep_emoji(load_emoji("tokenizer_heldout")[::4], tmp_path, monkeypatch)
+    assert tokenizer_psnr(toy, 32)["n"] == 40
     assert tokenizer_psnr(toy, 32)["psnr"] >= 25
     assert tokenizer_psnr(toy, 96)["psnr"] >= 30
 

@@ -139,7 +139,8 @@ def machine(preset: Preset | None) -> list[str]:
     free = free_memory()
     memory = "an unknown amount of memory" if free is None else f"{free / 1e9:.1f} GB of memory"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    lines = [line("this machine", f"{os.cpu_count()} cores, {memory} free, {gpu}"), line("number format", format_here())]
+    lines = [line("this machine", f"{os.cpu_count()} cores, {memory} free, {gpu}")]
+    lines.append(line("number format", format_here()))
     if preset is None:
         return lines
     sizes = Sizes.of(preset.coglm, preset.direct, iterative=True, mapped=True)

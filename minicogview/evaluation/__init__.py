@@ -1,1 +1,1 @@
-"""How good a model is, and what it costs."""
+"""Measures of how good a model is, and of what it costs."""

@@ -1,10 +1,10 @@
 """What a preset costs: parameters, bytes and floating-point operations of each stage.
 
-The idea: on torch's "meta" device tensors have shapes but no numbers, so the real modules of the 6B model are
-built and run in a second, and every matrix product and convolution on the way is counted. One multiply-add is
-two operations; norms, activations and softmax are left out, as is usual.
+The idea: on torch's "meta" device, tensors have shapes but no numbers. So the real modules of the 6B model can be built
+and run within a second, while every matrix product and convolution is counted. A multiply-add counts as two operations;
+norms, activations and softmax are left out, as is usual.
 
-Simplified: one picture, without guidance. The nearest code of every cell is counted by its formula.
+Simplified: one picture, without guidance. The search for the nearest codebook row is counted by its formula.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from minicogview.vqvae import VQVAE
 
 
 def count_parameters(*modules: nn.Module | nn.Parameter) -> int:
-    """Numbers in these modules and parameters; each parameter once."""
+    """Number of values in these modules and parameters, each parameter counted once."""
     parameters = {p for m in modules for p in (m.parameters() if isinstance(m, nn.Module) else [m])}
     return sum(p.numel() for p in parameters)
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Operations of one call, without gradients."""
+    """Floating-point operations of one call, without gradients."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops()
 
 
 def draw_flops(config: CogLMConfig, text_tokens: int) -> int:
-    """Operations of one picture's tokens."""
+    """Operations of generating one picture's tokens with CogLM."""
 
     def of_layers(n_layers: int) -> int:
         return _draw_flops(CogLM(_of_depth(config, n_layers)), text_tokens)
@@ -47,8 +47,10 @@ def draw_flops(config: CogLMConfig, text_tokens: int) -> int:
     return _all_layers(of_layers, config)
 
 
-def super_resolution_flops(config: SuperResolutionConfig, kind: type[DirectSR] | type[IterativeSR], text_tokens: int) -> int:
-    """Operations of one pass of a super-resolution stage, logits of all fine tokens included."""
+def super_resolution_flops(
+    config: SuperResolutionConfig, kind: type[DirectSR] | type[IterativeSR], text_tokens: int
+) -> int:
+    """Operations of one pass of a super-resolution stage, including the logits of all fine tokens."""
     n_fine, n_codes = config.fine_grid[0] * config.fine_grid[1], config.coglm.n_codes
     codes = torch.zeros(1, config.coglm.layout.n_image if kind is DirectSR else n_fine, dtype=torch.long)
     fine = torch.zeros(1, n_fine, dtype=torch.long)
@@ -65,14 +67,14 @@ def _of_depth(config: CogLMConfig, n_layers: int) -> CogLMConfig:
 
 
 def _all_layers(of_layers: Callable[[int], int], config: CogLMConfig) -> int:
-    """Operations of all layers. They are alike: models of one and of two layers tell what a layer costs."""
+    """Operations of a model of any depth. Its layers cost the same, and two layers minus one layer gives that cost."""
     with torch.device("meta"):
         one, two = of_layers(1), of_layers(2)
     return one + (config.transformer.n_layers - 1) * (two - one)
 
 
 def _draw_flops(model: CogLM, text_tokens: int) -> int:
-    """As ``CogLM.generate``: the prompt in one pass, then token by token with the KV cache."""
+    """Operations of ``CogLM.generate``: the prompt in one pass, then one token after another with the KV cache."""
     n = model.config.layout.n_image
     length = text_tokens + 1 + n
 
@@ -87,13 +89,13 @@ def _draw_flops(model: CogLM, text_tokens: int) -> int:
 
         return count_flops(run)
 
-    # A step's cost grows by the same amount each time, so the mean of the first and the last one is exact.
+    # The cost grows by the same amount at each step, so the mean of the first and the last step is exact.
     first, last = step(1, text_tokens + 1), step(1, length - 2)
     return step(text_tokens + 1, 0) + (n - 1) * (first + last) // 2
 
 
 def encode_flops(vqvae: VQVAE, pixels: int, level: int) -> int:
-    """Operations from one picture of ``pixels`` a side to its codes."""
+    """Operations of encoding one picture with sides of ``pixels`` pixels."""
     picture = torch.zeros(1, 3, pixels, pixels, device="meta")
     cells = (pixels // vqvae.config.rates[level]) ** 2
     search = 2 * cells * vqvae.config.codebook_size * vqvae.config.codebook_dim
@@ -104,13 +106,14 @@ def costs(preset: Preset, text_tokens: int = 16) -> dict[str, Any]:
     """Parameters, bytes and operations of a preset's stages.
 
     Args:
-        text_tokens: length of the text that is drawn.
+        text_tokens: length of the prompt.
 
     Returns:
-        ``stages``: for each of "coglm", "direct" (what it has beside "coglm"), "iterative" (all rounds), "decode" (the fine
-        picture) and "encode" (a coarse one) its ``parameters``, ``fp16_bytes``, ``fp32_bytes``, and ``flops`` for one
-        picture; "coglm" has ``cache_fp16_bytes`` too, the KV cache of one picture. ``total``: the same keys for all
-        weights (each counted once, decoders of other rates included) and for a text's way to the fine picture.
+        ``stages``: for each of "coglm", "direct" (only what it adds to "coglm"), "iterative" (all rounds), "decode" (a
+        fine picture) and "encode" (a coarse picture), its ``parameters``, ``fp16_bytes``, ``fp32_bytes``, and ``flops``
+        for one picture; "coglm" also has ``cache_fp16_bytes``, the size of the KV cache for one picture. ``total``: the
+        same keys for all weights (each counted once, including decoders of other levels) and for all stages that turn
+        a text into a fine picture.
     """
     with torch.device("meta"):
         coglm, vqvae = CogLM(preset.coglm), VQVAE(preset.vqvae)

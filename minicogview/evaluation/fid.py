@@ -1,13 +1,15 @@
-"""The Frechet distance between two sets of pictures, on the features of the course's own tokenizer.
+"""The Fréchet distance between two sets of pictures, on the features of the course's own tokenizer.
 
-FID (Heusel et al. 2017, arXiv 1706.08500, equation 6) fits a Gaussian to the features of each set and measures how
-far the two lie apart: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). It judges sets, not single pictures.
+The idea: FID (Heusel et al. 2017, arXiv 1706.08500, equation 6) fits a Gaussian to the features of each set, with means
+m1, m2 and covariances C1, C2, and measures how far apart the two are: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). It
+judges sets, not single pictures.
 
 Shapes: ``N`` pictures, (N, 3, H, W) in 0..1; ``C`` feature channels.
 
 Different on purpose: the usual features come from Inception v3, a network for photographs that would have to be
-downloaded. Here they are the encoder's latents averaged over space, so the numbers compare with each other and never
-with published FIDs; and they see colours and textures, but little of where things stand.
+downloaded. Here they are the latents of the tokenizer's encoder, averaged over space. So these distances can be
+compared with each other, but never with published FIDs; and they reflect colours and textures, but hardly the places
+of things.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from minicogview.vqvae import VQVAE
 
 
 class LatentFeatures(nn.Module):
-    """Pictures (B, 3, H, W) in 0..1 to features (B, C): a level's latents, averaged over the cells.
+    """Pictures (B, 3, H, W) in 0..1 to features (B, C): the encoder's latents at a level, averaged over the cells.
 
     Attributes:
-        num_features: C; the name is what torchmetrics asks for.
+        num_features: C, under the name that torchmetrics expects.
     """
 
     def __init__(self, vqvae: VQVAE, level: int) -> None:
@@ -38,19 +40,20 @@ class LatentFeatures(nn.Module):
 
 @torch.no_grad()
 def frechet_distance(vqvae: VQVAE, real: Tensor, fake: Tensor, level: int, batch_size: int = 32) -> float:
-    """How far the pictures of two sets lie apart, 0 for the same ones; no unit, and no upper limit.
+    """Fréchet distance between two sets of pictures: 0 for equal sets, without unit or upper limit.
 
-    The features are the encoder's latents averaged over space, not Inception's: see the top of this file. Fewer
-    pictures than features (``latent_channels``) give a covariance of low rank and a distance that is too large:
-    compare sets of the same size.
+    The features are the encoder's latents averaged over space, not Inception's: see the top of this file. If there are
+    fewer pictures than features (``latent_channels``), the covariance has low rank and the distance is too large, so
+    compare only distances between sets of the same size.
 
     Args:
-        vqvae: the picture tokenizer. level: whose latents to compare.
-        real, fake: (N, 3, H, W) and (M, 3, H, W) in 0..1, at least 2 pictures each; the sizes may differ.
-        batch_size: pictures that are encoded together.
+        vqvae: the picture tokenizer. level: the level whose latents are compared.
+        real, fake: (N, 3, H, W) and (M, 3, H, W) in 0..1, at least 2 pictures each; their sizes may differ.
+        batch_size: number of pictures that are encoded together.
 
     Raises:
-        MiniCogViewError: if torchmetrics is missing, a set has fewer than 2 pictures, or they do not fit the level.
+        MiniCogViewError: if torchmetrics is missing, a set has fewer than 2 pictures, or their size does not fit the
+            level.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -66,4 +69,4 @@ def frechet_distance(vqvae: VQVAE, real: Tensor, fake: Tensor, level: int, batch
     for pictures, is_real in ((real, True), (fake, False)):
         for batch in pictures.split(batch_size):
             metric.update(batch.to(device), real=is_real)
-    return max(0.0, float(metric.compute()))  # rounding may take it a hair below 0
+    return max(0.0, float(metric.compute()))  # rounding may take it slightly below 0

@@ -1,9 +1,10 @@
-"""How well the shipped weights draw, caption and fill in: the numbers of the model card, by free running.
+"""How well the shipped weights draw, caption and fill in: the numbers of the model card.
 
-The idea: teacher-forced loss flatters a small model, so it is judged by what it makes. A drawn picture is right
-when, among the decoded pictures of all 3,139 emoji, the nearest one is the emoji that was asked for.
+The idea: in training, a model always sees the true tokens before the one it predicts (teacher forcing), and its loss
+flatters a small model. So the model is judged by what it generates from its own tokens. A picture counts as right if,
+among the decoded pictures of all 3,139 emoji (the *gallery*), the nearest one is the emoji that the prompt names.
 
-Shapes: ``M`` asked texts, ``N`` pictures in the gallery, ``n`` tokens of a picture.
+Shapes: ``M`` prompts, ``N`` pictures in the gallery, ``n`` tokens of a picture.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from minicogview.upsampling import Texts, Upsampler
 def upsample_all(
     upsampler: Upsampler, texts: Texts, coarse: Tensor, seed: int, stages: int, progress: bool = False
 ) -> list[Tensor]:
-    """``Upsampler.run`` with a progress bar; picture i is drawn with ``seed + i``."""
+    """``Upsampler.run`` with a progress bar; picture i has the seed ``seed + i``."""
     with tqdm(total=len(texts) * (stages - 1), desc="super-resolution", disable=not progress) as bar:
 
         def on_step(stage: str, done: int, total: int) -> None:
@@ -41,11 +42,9 @@ def upsample_all(
         return upsampler.run(texts, coarse, range(seed, seed + len(texts)), stages, on_step)
 
 
-
-
 @dataclass
 class Judge:
-    """A model with all that is needed to judge it; the gallery is made once."""
+    """Evaluates a model. The gallery is computed once and then used by all measures."""
 
     model: CogView2
     progress: bool = True  # show progress bars
@@ -60,9 +59,9 @@ class Judge:
         self.emoji = load_emoji("all")
 
     def draw(self, texts: list[str], seed: int = 0, batch_size: int = 64) -> Tensor:
-        """One picture of each text: (M, n) codes. Text i is drawn with seed ``seed + i``."""
+        """One picture of each text: codes (M, n). The picture of text i has the seed ``seed + i``."""
         ids, sampling = [self.model.encode(text) for text in texts], self.model.sampling
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together need less padding
         result = torch.empty(len(ids), self.codes.shape[1], dtype=torch.long)
         for start in tqdm(range(0, len(order), batch_size), desc="coglm", disable=not self.progress):
             rows = order[start : start + batch_size]
@@ -77,7 +76,7 @@ class Judge:
 
     @cached_property
     def fine_gallery(self) -> Tensor:
-        """What the fine codes of all emoji can show, in as few pixels as the coarse pictures: (N, 3, H, W)."""
+        """The gallery for fine pictures: all emoji, decoded from true fine codes and ``shrunk``: (N, 3, H, W)."""
         preset = self.upsampler.preset
         pictures = emoji_pictures(preset.fine_pixels, self.progress)
         fine = encode_all(self.vqvae, pictures, self.level, batch_size=16)
@@ -85,27 +84,27 @@ class Judge:
 
     @property
     def upsampler(self) -> Upsampler:
-        """Both super-resolution stages; an error where there are none."""
+        """Both super-resolution stages; raises MiniCogViewError if there are none."""
         return self.model.require_upsampler()
 
     def shrunk(self, fine: Tensor) -> Tensor:
-        """Fine codes (M, F) decoded, and every ``factor`` x ``factor`` pixels averaged: (M, 3, H, W)."""
+        """Fine codes (M, F) decoded and shrunk: every ``factor`` x ``factor`` pixels are averaged: (M, 3, H, W)."""
         factor = self.upsampler.preset.direct.factor
         parts = [decode_all(self.vqvae, part, self.level, batch_size=16) for part in fine.split(64)]
         return torch.cat([F.avg_pool2d(part, factor) for part in parts])
 
     def ranks(self, drawn: Tensor, targets: Tensor, gallery: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Rank of the wanted picture (0 = nearest), and the row of the nearest one.
+        """Rank (M,) of the right picture in the gallery (0 = nearest), and the row (M,) of the nearest picture.
+
+        Another picture that is exactly as near does not lower the rank, so identical emoji count as the same.
 
         Args:
-            drawn: (M, n) codes, or pictures (M, 3, H, W). targets: (M,) wanted rows of the gallery.
+            drawn: codes (M, n), or pictures (M, 3, H, W). targets: (M,) rows of the right pictures in the gallery.
             gallery: (N, 3, H, W); None: the decoded coarse pictures.
-
-        A picture as near as the wanted one does not push it back: identical drawings count as the same.
         """
         pictures = decode_all(self.vqvae, drawn, self.level) if drawn.ndim == 2 else drawn
         gallery = self.gallery if gallery is None else gallery
-        exact = "donot_use_mm_for_euclid_dist"  # products round so much that identical drawings would differ
+        exact = "donot_use_mm_for_euclid_dist"  # matrix products round so much that identical emoji would differ
         distances = torch.cdist(pictures.flatten(1), gallery.flatten(1), compute_mode=exact)  # (M, N)
         wanted = distances.gather(1, targets[:, None])
         return (distances < wanted - 1e-4).sum(1), distances.argmin(1)
@@ -119,18 +118,18 @@ class Judge:
         limit: int | None = None,
         stages: int = 1,
     ) -> dict[str, float]:
-        """Draw every name of a split once and look for it among all emoji.
+        """Draw the name of every emoji in a split once, and look for the picture among all emoji.
 
         Args:
             split: see ``load_emoji``. lang: "en" or "zh".
-            template: put each name into a template drawn from ``captions.TEMPLATES``.
+            template: put each name into a random template from ``captions.TEMPLATES``.
             limit: judge a fixed random subset of this size.
-            stages: 1: coarse pictures; 2 and 3: sharpened ones, among the decoded fine codes of all emoji, both shrunk
-                to the coarse pictures' pixels.
+            stages: the last stage to run. 1 judges coarse pictures; 2 and 3 judge fine pictures in a gallery of fine
+                pictures, both shrunk to the coarse size.
 
         Returns:
-            ``n``; ``top1`` and ``top5``, shares in 0..1; ``same_tone``, the share of pictures with a skin tone
-            whose nearest neighbour has that tone (NaN where no picture has one).
+            ``n``; ``top1`` and ``top5``, shares in 0..1; and ``same_tone``: of the emoji with a skin tone, the share
+            whose nearest picture has the same tone (NaN if there are none).
         """
         rng = random.Random(0)
         asked = load_emoji(split) if limit is None else _some(split, limit, rng)
@@ -157,7 +156,7 @@ class Judge:
         return captions.in_template(rng.choice(captions.TEMPLATES[lang]), emoji, lang)
 
     def captioning(self, lang: str, n_pictures: int = 200, n_names: int = 100, seed: int = 0) -> dict[str, float]:
-        """Share of training pictures whose true name is the likeliest of ``n_names`` names, by caption loss."""
+        """Share of training pictures whose true name is the likeliest caption among ``n_names`` names."""
         rng = random.Random(seed)
         asked = _some("train", n_pictures, rng)
         if not 2 <= n_names <= len(asked):
@@ -174,16 +173,19 @@ class Judge:
     def selection(
         self, split: str, lang: str, n: int = 8, seed: int = 0, limit: int = 100
     ) -> dict[str, float]:
-        """Draw ``n`` pictures of every name and keep the one whose caption is the likeliest (post-selection).
+        """Draw ``n`` pictures of every name, and keep the one for which the name is the likeliest caption.
+
+        This is post-selection.
 
         Returns:
-            ``random``: share of all drawn pictures that are right (``retrieval``'s top-1); ``kept``: share of the kept
-            ones; ``any``: share of names with at least one right picture, the best that any selection could reach.
+            ``random``: share of all pictures that are right (``retrieval``'s top-1); ``kept``: share of the kept
+            pictures that are right; ``any``: share of names with at least one right picture, an upper bound for
+            ``kept``.
         """
         asked = _some(split, limit, random.Random(0))
         texts = [captions.name(emoji, lang) for emoji in asked]
         targets = torch.from_numpy(indices(asked)).repeat_interleave(n)
-        codes = self.draw([text for text in texts for _ in range(n)], seed)  # (M * n, codes)
+        codes = self.draw([text for text in texts for _ in range(n)], seed)  # (M * n, tokens)
         right = (self.ranks(codes, targets)[0] == 0).unflatten(0, (-1, n))  # (M, n)
         start = self.tokenizer.boe if lang == "en" else self.tokenizer.boc
         kept = []
@@ -199,18 +201,18 @@ class Judge:
         }
 
     def infilling(self, lang: str, n_pictures: int = 100, seed: int = 0) -> dict[str, float]:
-        """Hide one half of training pictures and fill it in from the name and the other half.
+        """Hide the right half of training pictures, and fill it in from the name and the left half.
 
         Returns:
-            ``psnr``: hidden half against the original pixels, in dB; ``psnr_tokenizer``: the same with the true
-            codes, the best that any filling could reach; ``exact``: share of codes filled in exactly.
+            ``psnr`` of the filled half against the original pixels, in dB; ``psnr_tokenizer``, the same with the true
+            codes, about the best that filling in can reach; ``exact``, the share of codes that are exactly right.
         """
         asked = _some("train", n_pictures, random.Random(seed))
         rows = torch.from_numpy(indices(asked))
         pixels = emoji_pictures(self.model.size, self.progress)[rows]
         side = int(self.codes.shape[1] ** 0.5)
         hole = torch.zeros(side, side, dtype=torch.bool)
-        hole[:, side // 2 :] = True  # the right half
+        hole[:, side // 2 :] = True
         filled = []
         for i, emoji in enumerate(tqdm(asked, desc="filling in", disable=not self.progress)):
             text, weight = self.model.encode(captions.name(emoji, lang)), self.model.sampling.text_weight
@@ -239,17 +241,17 @@ def sharpness(
     seed: int = 0,
     fid: bool = False,
 ) -> dict[str, float]:
-    """How close super-resolution comes to the true fine tokens, beside enlarging the coarse picture bicubically.
+    """How close super-resolution comes to the true fine pictures, compared with bicubic enlargement.
 
-    Starts from the true coarse tokens of some pictures and compares with the decoded true fine tokens. Characters that
-    super-resolution never saw are judged under the split "tokenizer_heldout" alone.
+    It starts from the true coarse tokens of some emoji, and the reference is their decoded true fine tokens. Emoji that
+    super-resolution was never trained on are judged only under the split "tokenizer_heldout".
 
     Args:
-        fid: measure ``fid.frechet_distance`` too, which needs torchmetrics.
+        fid: also measure ``fid.frechet_distance``, which needs torchmetrics.
 
     Returns:
-        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, and ``fid_...`` for ``bicubic``,
-        ``direct`` and, where there is an iterative model, ``lopar``.
+        ``n`` pictures; ``psnr_...`` in dB and ``ssim_...``, means over pictures, and ``fid_...``, each for ``bicubic``,
+        ``direct`` and, if there is an iterative model, ``iterative``.
     """
     vqvae, preset = upsampler.vqvae, upsampler.preset
     unseen = "tokenizer_heldout"
@@ -259,8 +261,8 @@ def sharpness(
     blurred = decode_all(vqvae, coarse, preset.level)
     results = {"bicubic": F.interpolate(blurred, size=true.shape[-2:], mode="bicubic").clamp(0, 1)}
     names = [tokenizer.encode(captions.name(emoji, lang)) for emoji in asked]
-    sharpened = upsample_all(upsampler, names, coarse, seed, upsampler.n_stages)
-    for name, codes in zip(("direct", "iterative"), sharpened):
+    after_stages = upsample_all(upsampler, names, coarse, seed, upsampler.n_stages)
+    for name, codes in zip(("direct", "iterative"), after_stages):
         results[name] = decode_all(vqvae, codes, preset.level, batch_size=16)
     numbers: dict[str, float] = {"n": len(asked)}
     for name, pictures in results.items():
@@ -272,7 +274,7 @@ def sharpness(
 
 
 def _some(split: str, n: int, rng: random.Random, without: str = "") -> list[Emoji]:
-    """``n`` emoji of a split (and not of another) in random order, or all of them where there are fewer."""
+    """``n`` random emoji of a split that are not in the split ``without``; all of them if there are fewer."""
     left_out = {one.key for one in load_emoji(without)} if without else set()
     emoji = [one for one in load_emoji(split) if one.key not in left_out]
     if n < 1:

@@ -1,9 +1,9 @@
-"""How good pictures are: PSNR and SSIM against a reference, and the tokenizer's own loss of detail.
+"""How close pictures are to a reference, by PSNR and SSIM, and how much detail the tokenizer loses.
 
-PSNR is the mean squared error on a logarithmic scale; SSIM compares means, deviations and correlation in a
+The idea: PSNR is the mean squared error on a logarithmic scale. SSIM compares means, variances and correlation in a
 small moving window (Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity").
 
-Shapes: B pictures, (B, 3, H, W) in 0..1 everywhere.
+Shapes: ``B`` pictures, (B, 3, H, W) in 0..1 everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels; the published choice
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (B,), after clamping to 0..1; equal pictures give 100.
+    """Peak signal-to-noise ratio (B,) of each picture in dB, after clamping to 0..1; equal pictures give 100.
 
     Args:
         pictures, reference: (B, 3, H, W) on the scale 0..1.
@@ -37,10 +37,10 @@ def _gaussian_window(window: int, sigma: float) -> Tensor:
 
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each picture, (B,): 1 for equal pictures, colours averaged, borders left out.
+    """Structural similarity (B,) of each picture, 1 for equal pictures; mean over colours, borders left out.
 
     Args:
-        pictures, reference: (B, 3, H, W) on the scale 0..1, at least 11 pixels a side.
+        pictures, reference: (B, 3, H, W) on the scale 0..1, with sides of at least 11 pixels.
     """
     x, y = (rearrange(p.float().clamp(0, 1), "b c h w -> (b c) 1 h w") for p in (pictures, reference))
     kernel = _gaussian_window(SSIM_WINDOW, SSIM_SIGMA).to(x)[None, None]
@@ -48,7 +48,7 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     var_x = F.conv2d(x * x, kernel) - mean_x**2
     var_y = F.conv2d(y * y, kernel) - mean_y**2
     covariance = F.conv2d(x * y, kernel) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2  # keep the ratios steady where the pictures are flat
+    c1, c2 = 0.01**2, 0.03**2  # keep the ratios stable where pictures are flat
     value = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     value = value / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return rearrange(value, "(b c) 1 h w -> b (c h w)", c=pictures.shape[1]).mean(1)
@@ -66,18 +66,18 @@ def reconstruct(vqvae: VQVAE, pictures: Tensor, level: int, batch_size: int = 32
 
 
 def perplexity(codes: Tensor, codebook_size: int) -> float:
-    """Effective number of codes in use: 2 to the entropy of their frequencies, at most ``codebook_size``."""
+    """Effective number of codes in use: 2 to the power of their entropy in bits; at most ``codebook_size``."""
     share = torch.bincount(codes.flatten(), minlength=codebook_size).double()
     share = share / share.sum()
     return float(torch.exp(-(share * share.clamp_min(1e-30).log()).sum()))
 
 
 def tokenizer_psnr(vqvae: VQVAE, size: int, split: str = "tokenizer_heldout", level: int = 0) -> dict[str, float]:
-    """What the tokenizer loses on the emoji of one split, drawn at ``size`` pixels.
+    """How much the tokenizer loses on the emoji of one split, rendered at ``size`` pixels.
 
     Returns:
-        ``n`` pictures; ``psnr`` (dB, mean over pictures); ``psnr_pooled`` (dB of the mean squared error over all
-        pixels, never above the former); ``ssim``; ``perplexity`` and ``codes_used`` of the codes.
+        ``n`` pictures; ``psnr`` (dB, mean over pictures); ``psnr_pooled`` (dB of the mean squared error over the pixels
+        of all pictures, never above ``psnr``); ``ssim``; ``perplexity`` of the codes, and ``codes_used``, their number.
 
     Raises:
         MiniCogViewError: for an unknown split, or a size that the level's rate does not divide.

@@ -1,7 +1,8 @@
-// The browser's half of painter.py. The mask lives in one ImageData of the picture's own size: what is seen is what is
-// sent. Strokes are rasterised here and not by the canvas, whose soft edges leave half-painted pixels.
+// The part of painter.py that runs in the browser. The mask is one ImageData of the picture's own size, so that exactly
+// the mask on the screen is sent. Strokes are rasterised here, since the canvas's own are antialiased and would leave
+// half-painted pixels.
 
-// Opacity, blue, green, red in one number: vermilion of the Okabe-Ito palette, which colour-blind readers can tell.
+// Alpha, blue, green and red in one number: vermilion of the Okabe-Ito palette, which colour-blind readers can see.
 const PAINT = 0xff005ed5;
 
 function make(tag, name, parent, more = {}) {
@@ -36,18 +37,18 @@ function render({ model, el }) {
 
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
-  const words = new Uint32Array(pixels.data.buffer); // a pixel is one number: PAINT, or 0 where nothing is painted
-  let last = null; // where the stroke that is being painted was seen last
+  const words = new Uint32Array(pixels.data.buffer); // one number for each pixel: PAINT, or 0 where nothing is painted
+  let last = null; // the last point of the current stroke; null between strokes
 
   function fill(isPainted) {
     for (let i = 0; i < words.length; i++) words[i] = isPainted(i) ? PAINT : 0;
     context.putImageData(pixels, 0, 0);
   }
 
-  // One bit a pixel, row after row, the first in the highest bit: numpy's packbits.
+  // One bit for each pixel, row after row, the first pixel in the highest bit, as in numpy's packbits.
   function load() {
-    if (last) return; // an older mask that comes back now must not wipe out the stroke under the pointer
-    const bits = model.get("bits"); // a DataView; empty: nothing is painted
+    if (last) return; // an older mask that arrives now must not erase the current stroke
+    const bits = model.get("bits"); // a DataView, empty if nothing is painted
     const known = bits && bits.byteLength === Math.ceil((width * height) / 8);
     fill((i) => known && bits.getUint8(i >> 3) & (128 >> (i & 7)));
   }
@@ -59,11 +60,12 @@ function render({ model, el }) {
     model.save_changes();
   }
 
-  // Marks the pixels whose middles are within a brush of the line between two points, and the one under the pointer.
+  // Paint the pixels whose centres are within the brush's radius of the line from one point to the other, and the pixel
+  // under the pointer.
   function stroke([x0, y0], [x1, y1]) {
     const radius = brush.value / 2;
     const [dx, dy] = [x1 - x0, y1 - y0];
-    const long = dx * dx + dy * dy || 1; // one point: any length but 0
+    const long = dx * dx + dy * dy || 1; // squared length; 1 if the points are equal, to avoid dividing by 0
     const left = Math.max(0, Math.floor(Math.min(x0, x1) - radius));
     const right = Math.min(width, Math.ceil(Math.max(x0, x1) + radius));
     const top = Math.max(0, Math.floor(Math.min(y0, y1) - radius));
@@ -81,7 +83,7 @@ function render({ model, el }) {
   }
 
   function place(event) {
-    const box = canvas.getBoundingClientRect(); // a narrow page shows the canvas smaller than its zoom says
+    const box = canvas.getBoundingClientRect(); // on a narrow page, the canvas is smaller than zoom says
     const scale = width / box.width;
     const point = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
     const side = `${brush.value / scale}px`;
@@ -92,8 +94,8 @@ function render({ model, el }) {
 
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
-    event.preventDefault(); // else the page selects text
-    canvas.setPointerCapture(event.pointerId); // a stroke may leave the picture and come back
+    event.preventDefault(); // otherwise the page would select text
+    canvas.setPointerCapture(event.pointerId); // so that a stroke may leave the picture and come back
     last = place(event);
     stroke(last, last);
   });
@@ -104,7 +106,7 @@ function render({ model, el }) {
   });
   for (const end of ["pointerup", "pointercancel"]) {
     canvas.addEventListener(end, () => {
-      if (last) send(); // once a stroke: a message for each move would crowd the kernel
+      if (last) send(); // once for each stroke: a message for each move would overload the kernel
       last = null;
     });
   }
@@ -118,7 +120,7 @@ function render({ model, el }) {
 
   tell();
   load();
-  model.on("change:bits", load); // cleared from Python, or painted in another view of the same widget
+  model.on("change:bits", load); // Python cleared the mask, or another view of the widget was painted on
   return () => {
     model.off("change:bits", load);
     URL.revokeObjectURL(url);

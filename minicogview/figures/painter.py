@@ -1,12 +1,12 @@
-"""Painting a mask on a picture in the notebook, and having a model draw anew what was painted.
+"""Paint a mask on a picture in the notebook, and have a model draw the painted part anew.
 
-The idea: the browser shows the picture with a see-through canvas over it, and after every stroke sends the canvas as
-one bit a pixel; Python unpacks the bits into the mask that ``CogView2.edit`` takes. The browser's half is
-``painter.js``, a plain ES module that anywidget loads in JupyterLab, Colab and VS Code.
+The idea: the browser shows the picture under a transparent canvas. After every stroke it sends the canvas to Python,
+one bit for each pixel, and Python unpacks the bits into the mask that ``CogView2.edit`` takes. The code in the browser
+is ``painter.js``, a plain ES module that anywidget loads in JupyterLab, Colab and VS Code.
 
 For: CogView2 (arXiv 2204.14217), section 3.2; the geometry is in ``editing.py``, the drawing in ``pipeline.py``. The
-original has no counterpart: there masks are typed in as numbers. The static twin for readers who only see the page is
-``editing.box_mask``.
+original has no counterpart: its masks are typed in as numbers. For readers without a running notebook,
+``editing.box_mask`` makes a mask without painting.
 
 Shapes: a picture has H x W pixels, and its mask H * W bits in ceil(H * W / 8) bytes, row after row.
 """
@@ -27,7 +27,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.pictures import contact_sheet, png, scale_to, to_image
 from minicogview.pipeline import CogView2
 
-SMALL, LARGE = 256, 512  # pixels on the screen: smaller pictures are enlarged, larger ones are shrunk
+SMALL, LARGE = 256, 512  # screen pixels: smaller pictures are shown enlarged, larger ones shrunk
 CSS = """
 .mcv-stage { position: relative; max-width: 100%; touch-action: none; overflow: hidden; }
 .mcv-stage > * { position: absolute; top: 0; left: 0; }
@@ -42,7 +42,7 @@ CSS = """
 
 
 def zoom_of(height: int, width: int) -> float:
-    """Screen pixels for each pixel of a picture: a whole number for small ones, below 1 for large ones.
+    """Screen pixels for each pixel of a picture: an integer for small pictures, below 1 for large ones.
 
     Example:
         >>> zoom_of(32, 24), zoom_of(300, 400), zoom_of(1024, 768)
@@ -53,14 +53,14 @@ def zoom_of(height: int, width: int) -> float:
 
 
 class MaskPainter(anywidget.AnyWidget):
-    """A picture that one paints a mask on with the mouse, a pen or a finger: brush size, erase, clear.
+    """Paint a mask on a picture with the mouse, a pen or a finger; the brush has a size and can erase.
 
     Attributes:
-        picture: the PIL picture, upright, of its own size.
+        picture: the PIL picture, upright, in its own size.
         size: (H, W) of the picture.
-        zoom: screen pixels for each of its pixels.
-        png: what the browser shows: the picture, shrunk if it is larger than any screen needs.
-        bits: the mask as it came from the browser, ``numpy.packbits`` of (H, W); empty before the first stroke.
+        zoom: screen pixels for each pixel of the picture.
+        png: the picture as the browser shows it, shrunk if it is larger than any screen needs.
+        bits: the mask as the browser sends it, ``numpy.packbits`` of (H, W); empty before the first stroke.
 
     Example:
         >>> painter = MaskPainter(Image.new("RGB", (4, 2)))
@@ -74,28 +74,28 @@ class MaskPainter(anywidget.AnyWidget):
     size = traitlets.Tuple(traitlets.Int(), traitlets.Int()).tag(sync=True)
     zoom = traitlets.Float().tag(sync=True)
     png = traitlets.Bytes().tag(sync=True)
-    # What comes from the browser is a memoryview, which Bytes refuses; ipywidgets then drops it without a word.
+    # The browser's message arrives as a memoryview, which Bytes refuses, and ipywidgets would silently drop it.
     bits = traitlets.Bytes().tag(sync=True, from_json=lambda value, _: bytes(value))
 
     def __init__(self, picture: Image.Image | str | Path) -> None:
         """Show a picture of any size, a PIL image or a file, with nothing painted.
 
         Raises:
-            MiniCogViewError: if the file is missing or no picture.
+            MiniCogViewError: if the file is missing or not a picture.
         """
         image = to_image(picture)
         shown = image.copy()
-        shown.thumbnail((2 * LARGE, 2 * LARGE))  # twice as fine as it is shown, for screens with dense pixels
+        shown.thumbnail((2 * LARGE, 2 * LARGE))  # twice the size on the screen, for high-density displays
         size = image.height, image.width
         super().__init__(size=size, zoom=zoom_of(*size), png=png(shown))
         self.picture = image
 
     @property
     def mask(self) -> Tensor:
-        """What was painted, (H, W) bool, of the picture's own size; True is drawn anew.
+        """The painted mask, (H, W) bool, in the picture's own size; True marks what is drawn anew.
 
         Raises:
-            MiniCogViewError: if nothing is painted, or the bytes do not fit the picture.
+            MiniCogViewError: if nothing is painted, or the number of bytes does not fit the picture.
         """
         height, width = self.size
         wanted = -(-height * width // 8)
@@ -110,37 +110,37 @@ class MaskPainter(anywidget.AnyWidget):
         return torch.from_numpy(bits.reshape(height, width).astype(bool))
 
     def clear(self) -> None:
-        """Unpaint everything, here and in the browser."""
+        """Remove all paint, here and in the browser."""
         self.bits = b""
 
 
 def edit_panel(
     model: CogView2, picture: Image.Image | str | Path, text: str = "", n: int = 1, seed: int = 0
 ) -> ipw.VBox:
-    """Paint on a picture, say what shall be there, and press the button: ``model.edit`` draws it.
+    """Paint on a picture, type what should be there, and press the button: ``model.edit`` draws it.
 
     Args:
-        model: anything with the ``edit`` of ``CogView2``.
+        model: any object with an ``edit`` method like that of ``CogView2``.
         picture: PIL image or file, of any size.
-        text: what stands in the text field at first; seed: likewise.
-        n: pictures for each press of the button, shown side by side.
+        text, seed: initial values of the text and seed fields.
+        n: number of pictures for each press of the button, shown side by side.
 
     Returns:
-        a box of the painter, the text, the seed, the button, a line for errors, and what was drawn.
+        a box with the painter, the text, the seed, the button, a line for errors, and the pictures.
 
     Raises:
-        MiniCogViewError: if the picture is a file that is missing or no picture.
+        MiniCogViewError: if the picture is a file that is missing or not a picture.
     """
     painter = MaskPainter(picture)
     words = ipw.Text(text, description="text")
     number = ipw.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed")
     button = ipw.Button(description="draw", button_style="primary")
     status = ipw.Label()
-    as_it_is = ipw.Layout(max_width="100%", align_self="flex-start", display="none")  # a box stretches its children
+    as_it_is = ipw.Layout(max_width="100%", align_self="flex-start", display="none")  # otherwise the box stretches it
     image = ipw.Image(format="png", layout=as_it_is)
 
     def draw(_: ipw.Button) -> None:
-        button.disabled = True  # presses while the model draws would queue up
+        button.disabled = True  # clicks during drawing would queue up
         status.value = "drawing ..."
         try:
             drawn = list(model.edit(words.value, painter.picture, painter.mask, n=n, seed=number.value))
@@ -151,7 +151,7 @@ def edit_panel(
             status.value = str(error)
         except Exception as error:
             status.value = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise  # the whole story goes to Jupyter's log
+            raise  # the traceback goes to Jupyter's log
         finally:
             button.disabled = False
 

@@ -1,11 +1,11 @@
 """The figures of all notebooks: one width, one palette, one colour map for masks and attention.
 
-Every function returns a matplotlib ``Figure`` and shows nothing by itself: in a notebook, make the call the
-last line of a cell (or ``display`` it); in a script, call ``figure.savefig``. The palette is Okabe and Ito's,
-which readers with any common colour blindness can tell apart; lines differ in dashes as well.
+Every function returns a matplotlib ``Figure`` and shows nothing by itself. In a notebook, make the call the last line
+of a cell (or ``display`` it); in a script, call ``figure.savefig``. The palette is Okabe and Ito's, whose colours
+readers with any common colour blindness can tell apart. Lines also differ in their dashes.
 
-Masks: a row is the token that looks, a column the token looked at; dark blue = may look. The strips along
-the edges say what each token is, and red marks beside a row say that its prediction counts.
+Masks: a row is the token that looks, a column the token looked at; dark blue means "may look". The strips along the
+edges show what each token is, and a red mark beside a row shows that its prediction counts in the loss.
 
 Shapes: ``S`` sequence length, ``N`` heads or pictures, ``V`` tokens.
 """
@@ -33,14 +33,14 @@ from minicogview.config import LayoutConfig, SpecialIds
 from minicogview.masking import Sample
 
 WIDTH = 7.2  # inches: a notebook's column
-MAP = "Blues"  # masks and attention: white = nothing, dark = all
+MAP = "Blues"  # colour map of masks and attention: white is nothing, dark is all
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = PALETTE
 GREY = "#BBBBBB"
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
 
-# What a token is to its task. "In view" tokens see each other in both directions.
+# What role a token has in its task. Tokens "in view" are context: they see each other in both directions.
 KIND_COLOURS = {
     "text in view": ORANGE,
     "text to predict": YELLOW,
@@ -53,7 +53,7 @@ KIND_COLOURS = {
 
 
 def style() -> None:
-    """Set matplotlib's defaults to the course's look. Call it once, in the set-up cell."""
+    """Set matplotlib's defaults to the course's style. Call it once, in the set-up cell."""
     known = {font.name for font in font_manager.fontManager.ttflist}
     mpl.rcParams.update(
         {
@@ -73,32 +73,32 @@ def style() -> None:
     )
 
 
-class Drawing(Figure):
-    """A figure that a notebook shows by itself; pyplot does not know it and so does not show it twice."""
+class PlainFigure(Figure):
+    """A figure that a notebook displays by itself. It is unknown to pyplot, which would display it a second time."""
 
     def _repr_png_(self) -> bytes:
         return png(self)
 
 
-def png(drawing: Figure) -> bytes:
+def png(fig: Figure) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png")
+    fig.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def figure(height: float = 3.2, width: float = WIDTH) -> Figure:
-    """An empty figure in the course's look; sizes in inches."""
+    """An empty figure in the course's style; sizes in inches."""
     if mpl.rcParams["figure.figsize"][0] != WIDTH:
         style()
-    return Drawing(figsize=(width, height))
+    return PlainFigure(figsize=(width, height))
 
 
 # --- pictures
 
 
 def to_array(picture: Any) -> np.ndarray:
-    """A PIL picture, a (3, H, W) tensor in 0..1 or an array as (H, W, 3), ready to be shown."""
+    """A PIL picture, a tensor (3, H, W) in 0..1 or an array, as an array (H, W, 3) that matplotlib can show."""
     if isinstance(picture, Tensor):
         if picture.ndim == 3 and picture.shape[0] == 3:
             picture = rearrange(picture, "c h w -> h w c")
@@ -112,7 +112,7 @@ def show_pictures(
     """Pictures side by side, ``columns`` in a row, with a title over each.
 
     Args:
-        pictures: PIL pictures, arrays (H, W, 3), or tensors (3, H, W) in 0..1; a (N, 3, H, W) tensor works.
+        pictures: PIL pictures, arrays (H, W, 3), or tensors (3, H, W) in 0..1; or one tensor (N, 3, H, W).
     """
     columns = max(1, min(columns, len(pictures)))
     rows = max(1, -(-len(pictures) // columns))
@@ -134,7 +134,7 @@ def show_pictures(
 
 
 def numbers(values: Any) -> np.ndarray:
-    """Values of a tensor, a list of tensors or a list, as an array that matplotlib takes without warnings."""
+    """A tensor, a list of tensors or a list of numbers, as an array that matplotlib accepts without warnings."""
     if isinstance(values, Tensor):
         return values.detach().float().cpu().numpy()
     return np.asarray([float(value) for value in values])
@@ -149,14 +149,14 @@ def curve(
     limits: Mapping[str, float] | None = None,
     aside: bool = False,
 ) -> Figure:
-    """Lines over a common axis.
+    """Line plots in common axes.
 
     Args:
-        series: name -> values, or name -> (x, values).
+        series: from names to values, or to (x, values).
         xlabel, ylabel: with units.
-        log: logarithmic values.
-        limits: name -> value of horizontal lines, such as ``{"fp16 overflows": 65504}``.
-        aside: the legend stands to the right of the lines, for when there are many.
+        log: whether the y axis is logarithmic.
+        limits: horizontal lines, from names to values, such as ``{"fp16 overflows": 65504}``.
+        aside: put the legend to the right of the axes, which helps if there are many lines.
     """
     fig = figure()
     ax = fig.subplots()
@@ -177,7 +177,7 @@ def curve(
 
 
 def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str, title: str = "") -> Figure:
-    """Grouped bars: one group per name, one bar in it per series, its value on top."""
+    """Grouped bars: one group for each name, with one bar for each series and its value on top."""
     fig = figure()
     ax = fig.subplots()
     width = 0.8 / len(series)
@@ -193,7 +193,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: st
 
 
 def histogram(series: Mapping[str, Any], xlabel: str, ylabel: str = "count", bins: int = 40, title: str = "") -> Figure:
-    """Outlined histograms of several sets of numbers on common bins."""
+    """Outlined histograms of several sets of numbers with common bins."""
     fig = figure()
     ax = fig.subplots()
     values = {name: numbers(v).ravel() for name, v in series.items()}
@@ -212,9 +212,9 @@ def attention_maps(
     """Attention of several heads, on one scale from 0.
 
     Args:
-        maps: (N, S, S), row = the token that looks; or (N, grid, grid): where one token looks in the picture,
-            then with ``of="cell"``.
-        label: what the numbers are (a share of all attention); an empty one leaves the colour bar out.
+        maps: (N, S, S), where a row is the token that looks; or, with ``of="cell"``, (N, grid, grid): how much one
+            token looks at each cell of the picture.
+        label: what the numbers are (shares of all attention); if it is empty, there is no colour bar.
     """
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
@@ -242,10 +242,10 @@ def attention_maps(
 
 
 def token_kinds(sample: Sample, ids: SpecialIds, layout: LayoutConfig) -> list[str]:
-    """What each token is to its task: a key of ``KIND_COLOURS`` per token, read off the mask itself.
+    """The role of each token in its task, a key of ``KIND_COLOURS``, inferred from the mask.
 
-    Two tokens that see each other are context ("in view"): with causal tokens it is never mutual. A
-    sequence without any start token is text alone, whatever its positions.
+    Two tokens that see each other are context ("in view"), since two causal tokens never do. A sequence without a
+    start token is text alone, whatever its positions.
     """
     mask = sample.mask.bool()  # (S, S)
     in_view = (mask & mask.T & ~torch.eye(len(mask), dtype=torch.bool)).any(0) | mask.all(0)
@@ -304,19 +304,19 @@ def mask_figure(
     row: int | None = None,
     grid: Tensor | None = None,
 ) -> Figure:
-    """Any attention mask, with a coloured strip along its edges that says what each token is.
+    """Any attention mask, with coloured strips along its edges that show what each token is.
 
     Args:
-        mask: (S, S), 1 = the row's token may look at the column's.
+        mask: (S, S), 1 where the row's token may look at the column's token.
         kinds: (S,) keys of ``KIND_COLOURS``, from ``token_kinds``.
         words: one or two sentences under the title.
-        loss: (S,) 1 where the row's prediction counts; marked red on the right.
+        loss: (S,) 1 where the row's prediction counts in the loss; marked red on the right.
         labels: (S,) short names of the tokens, for small masks.
-        row: a row to frame: what this one token may look at.
-        grid: (g, g) index into ``kinds`` of each cell of the picture; adds a map of the picture.
+        row: index of a row to frame, to show what this one token may look at.
+        grid: (g, g) index into ``kinds`` for each cell of the picture; adds a map of the picture.
     """
     fig = figure(5.5)
-    fig.set_layout_engine("none")  # strips and marks lie outside the axes, where the engine does not look
+    fig.set_layout_engine("none")  # it would ignore the strips and marks, which lie outside the axes
     ax = fig.add_axes((0.08, 0.08, 4.6 / WIDTH, 4.6 / 5.5))  # square, in fractions of the figure
     _draw_mask(ax, mask, kinds, loss, labels, row)
     fig.text(0.01, 0.985, title + ("\n" + words if words else ""), va="top", linespacing=1.3)
@@ -334,7 +334,7 @@ def mask_figure(
 
 
 def _draw_cells(ax: Axes, mask: Tensor, kinds: Sequence[str], grid: Tensor, row: int | None) -> None:
-    """The picture's cells by kind; with ``row``, those that this token may not look at are faded."""
+    """The picture's cells, coloured by kind; if ``row`` is given, cells that this token may not look at are faded."""
     colours = np.array([mpl.colors.to_rgba(KIND_COLOURS[kind]) for kind in kinds])[grid.numpy()]  # (g, g, 4)
     if row is not None:
         colours[..., 3] = np.where(mask[row].bool().cpu().numpy()[grid.numpy()], 1.0, 0.25)
@@ -350,7 +350,7 @@ def _draw_cells(ax: Axes, mask: Tensor, kinds: Sequence[str], grid: Tensor, row:
 
 
 def cell_index(sample: Sample, layout: LayoutConfig) -> Tensor:
-    """(grid, grid): where in the sequence each cell of the picture stands, found by its position."""
+    """Index in the sequence of each cell of the picture, (grid, grid), found by the tokens' positions."""
     order = torch.argsort(sample.positions, stable=True)[-layout.n_image :]
     return rearrange(order, "(row column) -> row column", row=layout.grid)
 
@@ -363,7 +363,7 @@ def sample_figure(
     words: str = "",
     row: int | None = None,
 ) -> Figure:
-    """The mask of one training or inference sequence, with all that can be read off it; ``row`` is framed."""
+    """The mask of one training or inference sequence, with the roles of its tokens; ``row`` is framed."""
     kinds = token_kinds(sample, ids, layout)
     grid = cell_index(sample, layout) if any(kind.startswith("picture") for kind in kinds) else None
     return mask_figure(sample.mask, kinds, title, words, sample.loss_mask, row=row, grid=grid)
@@ -371,30 +371,30 @@ def sample_figure(
 
 def text_to_image_figure(sample: Sample, ids: SpecialIds, layout: LayoutConfig) -> Figure:
     """Explains ``masking.text_to_image``."""
-    words = "All see the chosen text; the picture follows, each cell seeing those before it."
+    words = "All tokens see the chosen text; each cell of the picture sees the cells before it."
     return sample_figure(sample, ids, layout, "Text to image", words)
 
 
 def image_to_text_figure(sample: Sample, ids: SpecialIds, layout: LayoutConfig) -> Figure:
     """Explains ``masking.image_to_text``: captions, and patches of the picture to fill in."""
-    words = "All see the cells outside the patches; captions see the whole picture, the picture no text."
+    words = "All tokens see the cells outside the patches; captions see the picture, but it sees no text."
     return sample_figure(sample, ids, layout, "Image to text, and patches to fill in", words)
 
 
 def text_spans_figure(sample: Sample, ids: SpecialIds, layout: LayoutConfig) -> Figure:
     """Explains ``masking.text_spans``."""
-    words = "Text between the spans is seen by all; spans are predicted left to right."
+    words = "All tokens see the text between the spans; spans are predicted from left to right."
     return sample_figure(sample, ids, layout, "Text spans", words)
 
 
 def completion_figure(sample: Sample, ids: SpecialIds, layout: LayoutConfig) -> Figure:
-    """Explains ``masking.completion``: the hole comes last, so that it sees everything around it."""
-    words = "Kept cells come first, seen by all after the start token; the hole follows, causal."
+    """Explains ``masking.completion``: the hole comes last, so that its cells see everything around them."""
+    words = "Kept cells come first, and all tokens after <start_of_image> see them; the hole is causal."
     return sample_figure(sample, ids, layout, "Completion", words)
 
 
 def inference_figure(n_text: int, positions: Tensor, mask: Tensor, layout: LayoutConfig) -> Figure:
-    """Explains ``masking.inference``: drawing a picture for a text."""
+    """Explains ``masking.inference``: drawing a picture of a text."""
     kinds = ["text in view"] * n_text + ["start token"] + ["picture to predict"] * (len(mask) - n_text - 1)
     words = f"Positions: text 0 to {n_text - 1}, start token {layout.max_text}, then the picture."
     return mask_figure(mask, kinds, "Drawing a picture", words)

@@ -1,7 +1,7 @@
-"""Figures of iterative super-resolution: which cells each round guesses again, still and moving.
+"""Figures and an animation of iterative super-resolution: which cells each round masks and resamples.
 
-Colours run from light to dark with the round in which a cell was last guessed; grey cells keep the direct stage's
-code, and orange dots mark what is masked in the round shown. Style and palette come from ``figures/plot.py``.
+A cell is the darker, the later the round that last resampled it. Grey cells keep the direct stage's code, and orange
+dots mark the cells that are masked in the round shown. Style and palette come from ``figures/plot.py``.
 
 Shapes: ``T`` rounds, ``rows, columns`` of the fine grid.
 """
@@ -29,14 +29,14 @@ COLUMNS = 4  # panels side by side
 
 
 def round_masks(schedule: Schedule | Tensor, side: int = 12) -> Tensor:
-    """The cells (T, side, side) bool that a schedule masks in each round; a tensor is taken for just that."""
+    """The cells (T, side, side) bool that a schedule masks in each round; a tensor is taken to be such masks."""
     if isinstance(schedule, Tensor):
         return schedule.bool().cpu()
     return torch.stack([schedule.masked(round, (side, side)) for round in range(1, schedule.n_rounds + 1)])
 
 
 def last_guessed(masks: Tensor) -> Tensor:
-    """After each round, the round in which each cell was last guessed, 0 for never: (T, rows, columns) int64.
+    """For each round, the last round so far that resampled each cell, 0 if none: (T, rows, columns) int64.
 
     Args:
         masks: (T, rows, columns) bool from ``round_masks``.
@@ -46,12 +46,12 @@ def last_guessed(masks: Tensor) -> Tensor:
 
 
 def round_colours(n_rounds: int) -> list[str]:
-    """Grey for 0, then the course's colour map from light to dark for rounds 1 to ``n_rounds``, as #rrggbb."""
+    """Colours as #rrggbb: grey for 0, then the course's colour map from light to dark for rounds 1 to ``n_rounds``."""
     return [GREY, *(mpl.colors.to_hex(shade) for shade in mpl.colormaps[MAP](np.linspace(0.25, 1.0, n_rounds)))]
 
 
 def _draw_cells(ax: Axes, rounds: Tensor, n_rounds: int) -> None:
-    """Cells (rows, columns) by the round they were last guessed in, with white lines between them."""
+    """Cells (rows, columns), coloured by the round that last resampled them, with white lines between them."""
     ax.imshow(rounds.numpy(), cmap=ListedColormap(round_colours(n_rounds)), vmin=-0.5, vmax=n_rounds + 0.5)
     height, width = rounds.shape
     if max(height, width) <= 40:
@@ -64,7 +64,7 @@ def _draw_cells(ax: Axes, rounds: Tensor, n_rounds: int) -> None:
 
 
 def _draw_round(ax: Axes, masks: Tensor, round: int) -> None:
-    """The grid after ``round``, counted from 1; 0 draws the grid that the direct stage leaves."""
+    """The grid after ``round``, counted from 1; 0 draws the grid as the direct stage leaves it."""
     rounds = last_guessed(masks)[round - 1] if round else torch.zeros(masks.shape[1:], dtype=torch.long)
     _draw_cells(ax, rounds, len(masks))
     if round == 0:
@@ -90,19 +90,19 @@ def _draw_tile(ax: Axes, schedule: Schedule) -> None:
 
 
 def _legend(n_rounds: int) -> list[Patch | Line2D]:
-    names = ["never guessed"] + [f"last in round {round}" for round in range(1, n_rounds + 1)]
+    names = ["never resampled"] + [f"last in round {round}" for round in range(1, n_rounds + 1)]
     patches = [Patch(color=shade, label=name) for shade, name in zip(round_colours(n_rounds), names, strict=True)]
     dot = Line2D([], [], color=ORANGE, marker="o", markersize=5, linestyle="none", label="masked in this round")
     return [*patches, dot]
 
 
 def schedule_figure(schedule: Schedule | Tensor = OFFICIAL, side: int = 12) -> Figure:
-    """The tile of a schedule as a table of its numbers, then one panel for each round.
+    """The tile of a schedule with its numbers, then one panel for each round.
 
     Args:
-        schedule: a LoPAR schedule; or masks (T, rows, columns) of anything else that goes in rounds, and then there is
-            no tile. ``maskgit.resample_by_confidence`` fills in such masks, (B, F) for each round.
-        side: cells along each side of the grid that the schedule is spread over.
+        schedule: a LoPAR schedule; or masks (T, rows, columns) of another method that works in rounds, which has no
+            tile. ``maskgit.resample_by_confidence`` can record its masks, (B, F) for each round.
+        side: cells along each side of the grid over which the schedule's tile is repeated.
     """
     masks = round_masks(schedule, side)
     first = 1 if isinstance(schedule, Schedule) else 0
@@ -122,7 +122,7 @@ def schedule_figure(schedule: Schedule | Tensor = OFFICIAL, side: int = 12) -> F
 
 
 def schedule_frames(schedule: Schedule | Tensor = OFFICIAL, side: int = 12) -> list[Image.Image]:
-    """The frames of ``schedule_animation``: the grid before, and after each round."""
+    """The frames of ``schedule_animation``: the grid before the first round, and after each round."""
     masks, frames = round_masks(schedule, side), []
     for round in range(len(masks) + 1):
         fig = figure(2.9, 2.6)
@@ -134,12 +134,12 @@ def schedule_frames(schedule: Schedule | Tensor = OFFICIAL, side: int = 12) -> l
 
 
 def schedule_animation(schedule: Schedule | Tensor = OFFICIAL, side: int = 12, milliseconds: int = 900) -> bytes:
-    """The rounds one after another, as the bytes of an animated GIF that begins again at its end.
+    """The rounds one after another, as the bytes of an animated GIF that repeats.
 
-    In a notebook: ``IPython.display.Image(schedule_animation())``. Arguments as for ``schedule_figure``.
+    In a notebook, show it with ``IPython.display.Image(schedule_animation())``.
 
     Args:
-        milliseconds: that each round stays.
+        schedule, side: as for ``schedule_figure``. milliseconds: how long each round is shown.
     """
     first, *rest = schedule_frames(schedule, side)
     buffer = io.BytesIO()

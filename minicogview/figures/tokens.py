@@ -1,6 +1,7 @@
-"""Figures of single picture tokens: what a code looks like, and which codes a sampler leaves in play.
+"""Figures of single picture tokens: what a code looks like, and which codes a sampler may draw.
 
-They are the static twins of the codebook and sampling widgets. Style and palette come from ``figures/plot.py``.
+They are the static twins of the codebook and sampling widgets (``figures/widgets.py``). Style and palette come from
+``figures/plot.py``.
 
 Shapes: ``V`` tokens of the codebook, ``h, w`` cells, ``r`` pixels along a cell.
 """
@@ -23,7 +24,7 @@ from minicogview.vqvae import VQVAE
 
 @torch.no_grad()
 def swatches(vqvae: VQVAE, codes: Tensor, level: int) -> Tensor:
-    """What each code (n,) looks like: (n, 3, r, r) pixels, cut from a picture made of that code alone."""
+    """What each code (n,) looks like: (n, 3, r, r) pixels, cut from a picture that consists of that code alone."""
     rate = vqvae.config.rates[level]
     pixels = vqvae.decode(codes[:, None, None].expand(-1, 3, 3), level)
     return pixels[:, :, rate : 2 * rate, rate : 2 * rate].clamp(0, 1)
@@ -31,12 +32,12 @@ def swatches(vqvae: VQVAE, codes: Tensor, level: int) -> Tensor:
 
 @torch.no_grad()
 def codebook_figure(vqvae: VQVAE, picture: Tensor, level: int, row: int, column: int, n: int = 8) -> Figure:
-    """One cell of a picture: its code, and the picture with that cell given the nearest other codes.
+    """One cell of a picture: its code, and how the picture looks if the cell has one of the nearest codes instead.
 
     Args:
         picture: (3, H, W) in 0..1.
         row, column: of the cell.
-        n: how many of the nearest codebook rows to try.
+        n: number of nearest codebook rows to show.
     """
     codes = vqvae.encode(picture[None], level)  # (1, h, w)
     rows = vqvae.quantizer.codebook
@@ -57,7 +58,7 @@ def codebook_figure(vqvae: VQVAE, picture: Tensor, level: int, row: int, column:
     axes = [fig.add_subplot(cells[i // half, 2 + i % half]) for i in range(len(nearest))]
     for ax in axes:
         ax.axis("off")
-    fig.suptitle("One cell, given the nearest codes in turn: number (distance in the codebook)", fontsize=10)
+    fig.suptitle("The cell with each of the nearest codes: code (distance in the codebook)", fontsize=10)
     for ax, code, pixels in zip(axes, nearest, vqvae.decode(variants, level), strict=False):
         ax.imshow(to_array(pixels))
         ax.set_title(f"{int(code)} ({float(distance[code]):.2f})", fontsize=8)
@@ -73,13 +74,13 @@ def sampling_figure(
     n_show: int = 40,
     colours: Tensor | None = None,
 ) -> Figure:
-    """What each sampler leaves of one distribution: the ``n_show`` likeliest tokens, in the same order.
+    """Which tokens of one distribution each sampler keeps: the ``n_show`` likeliest tokens, in the same order.
 
     Args:
         logits: (V,) of one step.
         labels: (V,) clusters of the tokens.
-        colours: (V, 3) in 0..1, the colour of each token, for example the mean of its swatch; without it
-            neighbouring tokens of one cluster share a colour.
+        colours: (V, 3) in 0..1, the colour of each token, for example the mean of its swatch; None: one colour for
+            each cluster (colours repeat).
     """
     clusters = Clusters.of(labels)
     rows = logits[None].float()
@@ -116,12 +117,12 @@ def sampling_figure(
 def swatch_figure(
     rows: Mapping[str, Tensor], columns: int = 24, notes: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:
-    """Swatches in titled groups, each swatch in a thin frame, so that white ones can be counted too.
+    """Swatches in titled groups, each swatch in a thin frame, so that white ones can be seen too.
 
     Args:
-        rows: title -> (n, 3, r, r) pixels in 0..1, as ``swatches`` makes them.
-        columns: swatches in a line; longer groups break.
-        notes: title -> n short texts to stand under the swatches of that group.
+        rows: from a group's title to its pixels (n, 3, r, r) in 0..1, as ``swatches`` returns them.
+        columns: swatches in a line; a longer group takes several lines.
+        notes: from a group's title to n short texts, which are shown under its swatches.
     """
     notes = notes or {}
     lines = [-(-len(pixels) // columns) * (1.5 if title in notes else 1.0) for title, pixels in rows.items()]

@@ -1,8 +1,8 @@
-"""The interactive versions of three figures: click a token, click a cell, turn a sampler's dials.
+"""Interactive versions of three figures: click a token, click a cell, or change a sampler's settings.
 
-Built from plain ipywidgets (buttons, sliders, an image), so they work in JupyterLab, Colab and Voila. Each is
-a thin layer over a function of ``figures/plot.py`` or ``figures/tokens.py`` that draws the same thing for readers who
-only see the page: ``plot.mask_figure``, ``plot_tokens.codebook_figure``, ``plot_tokens.sampling_figure``.
+They are built from plain ipywidgets (buttons, sliders, an image), so they work in JupyterLab, Colab and Voila. Each is
+a thin layer over a function that draws the same figure for readers without a running notebook: ``plot.mask_figure``,
+``tokens.codebook_figure`` and ``tokens.sampling_figure``.
 
 Shapes: ``S`` sequence length, ``V`` tokens, ``H, W`` pixels.
 """
@@ -29,7 +29,7 @@ CELL = "22px"  # side of a button that stands for one token
 
 
 def _buttons(colours: list[str], columns: int, click: Callable[[int], None]) -> tuple[ipw.GridBox, list]:
-    """Small coloured buttons in rows of ``columns``; ``click`` is given the number of the clicked one."""
+    """Small coloured buttons in rows of ``columns``; ``click`` is called with the number of the clicked button."""
     size = ipw.Layout(width=CELL, height=CELL, padding="0", margin="0")
     buttons = []
     for number, colour in enumerate(colours):
@@ -44,11 +44,11 @@ def _buttons(colours: list[str], columns: int, click: Callable[[int], None]) -> 
 def mask_explorer(
     samples: Mapping[str, Sample], ids: SpecialIds, layout: LayoutConfig, columns: int = 20
 ) -> ipw.VBox:
-    """Choose a task, click a token, see what it may look at: its row is framed, unseen tokens turn white.
+    """Choose a task and click a token to see what it may look at: its row is framed, and unseen tokens turn white.
 
     Args:
-        samples: name of the task -> sequence from ``masking.py``. Sequences over a few hundred tokens make
-            more buttons than a page takes well.
+        samples: from a task's name to a sequence from ``masking.py``. Every token is a button, and more than a few
+            hundred of them make a page slow.
     """
     task = ipw.Dropdown(options=list(samples), description="task")
     image = ipw.Image(format="png")
@@ -63,7 +63,7 @@ def mask_explorer(
             for button, colour, seen in zip(buttons, colours, sample.mask[row].tolist(), strict=True):
                 button.style.button_color = colour if seen else "#FFFFFF"
                 button.description = ""
-            buttons[row].description = "?"  # the one that looks
+            buttons[row].description = "?"  # the token that looks
 
         box, buttons = _buttons(colours, columns, show_token)
         tokens.children = (box,)
@@ -75,7 +75,7 @@ def mask_explorer(
 
 
 def codebook_explorer(vqvae: VQVAE, picture: Tensor, level: int = 0) -> ipw.HBox:
-    """Click a cell of a picture (3, H, W) in 0..1: its code, and the picture with the nearest codes there."""
+    """Click a cell of a picture (3, H, W) in 0..1 to see its code, and how the picture looks with the nearest codes."""
     rate = vqvae.config.rates[level]
     means = picture.unfold(1, rate, rate).unfold(2, rate, rate).mean((-1, -2))  # (3, h, w)
     height, width = means.shape[1:]
@@ -94,10 +94,10 @@ def codebook_explorer(vqvae: VQVAE, picture: Tensor, level: int = 0) -> ipw.HBox
 def sampling_explorer(
     logits: Tensor, labels: Tensor | Clusters, colours: Tensor | None = None, top_k: int = 8
 ) -> ipw.VBox:
-    """Turn temperature, k and second temperature, and see which tokens stay in play, and how likely.
+    """Change temperature, k and second temperature, and see which tokens may be drawn and how likely each is.
 
     Args:
-        logits: (V,) of one step; labels: (V,) clusters; colours: (V, 3) in 0..1 of the tokens, if known.
+        logits: (V,) of one step. labels: (V,) clusters. colours: (V, 3) in 0..1 of the tokens; None: by cluster.
     """
     clusters = Clusters.of(labels)
     dials = {
@@ -109,7 +109,7 @@ def sampling_explorer(
 
 
 def with_dials(draw: Callable[..., Figure], **dials: ipw.Widget) -> ipw.VBox:
-    """Any figure with dials above it: whenever one is turned, ``draw(name=value, ...)`` draws it again."""
+    """Any figure with input widgets above it: whenever one changes, ``draw(name=value, ...)`` draws it again."""
     image = ipw.Image(format="png")
 
     def show(*_: object) -> None:
@@ -117,17 +117,17 @@ def with_dials(draw: Callable[..., Figure], **dials: ipw.Widget) -> ipw.VBox:
 
     for dial in dials.values():
         if hasattr(dial, "continuous_update"):
-            dial.continuous_update = False  # a slider that is still being dragged draws nothing
+            dial.continuous_update = False  # draw only when a slider is released, not while it is dragged
         dial.observe(show, "value")
     show()
     return ipw.VBox([*dials.values(), image])
 
 
 def with_button(draw: Callable[..., Figure], label: str = "draw", **dials: ipw.Widget) -> ipw.VBox:
-    """Any figure with inputs and a button above it: ``draw(name=value, ...)`` is called when it is clicked.
+    """Any figure with input widgets and a button above it: a click calls ``draw(name=value, ...)``.
 
-    For figures that take a second or more, where drawing at every keystroke would be a nuisance. What
-    ``draw`` refuses with ``MiniCogViewError`` is said in a line above the last good figure.
+    This suits figures that take a second or more, too long to draw them again at every keystroke. If ``draw`` raises
+    ``MiniCogViewError``, its message appears in a line above the last good figure.
     """
     image, complaint = ipw.Image(format="png"), ipw.Label()
     button = ipw.Button(description=label)

@@ -54,7 +54,7 @@ SAID = {
 BITS = {"int8": 8.5, "int4": 4.5}  # of a weight, its share of scale and offset included: 32 bits for 64 weights
 LAYERS_AHEAD = 3  # from the disk: the layer at work, the one that is read, and what is left of the one before
 # Bytes beside weights: Python and PyTorch; the full picture tokenizer at work, logits of 512 fine tokens.
-FIXED, FIXED_TOY = int(1.2e9), int(0.4e9)
+FIXED, FIXED_TOY = int(1.05e9), int(0.4e9)
 TINY, SMALL = 10**8, 10**9  # parameters: the toy is below the first; below the second float32 is used, and no plan told
 MOST = 8  # pictures side by side
 
@@ -185,7 +185,7 @@ class Sizes:
             extra=0 if direct is None else t.n_layers * own + rows * columns * t.d_model,
             n_layers=t.n_layers,
             draw_picture=2 * t.n_layers * t.d_model * (n_text + 1 + coglm.layout.n_image),
-            fine_picture=20 * rows * columns * t.d_model,
+            fine_picture=15 * rows * columns * t.d_model,
             stages=1 if direct is None else 3 if iterative else 2,
         )
 

@@ -33,24 +33,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
-from minicogview.local_attention import why_no_triton
+from minicogview.kernels.available import GROUP, MOST_ROWS, why_no_triton
 
 Bits = Literal[4, 8]
-GROUP = 64
-MOST_ROWS = 16  # of the Triton kernel: as many as tensor cores take at once
 ROWS_AT_ONCE = 128
 
 
 class Quantized(NamedTuple):
-    """A matrix (E, D) in few bits; below D is rounded up to whole groups."""
+    """A quantized matrix (E, D), where D is rounded up to whole groups."""
 
-    codes: Tensor  # uint8: (E, D) in eight bits; (E, D / 2) in four, the even column in the lower half of a byte
+    codes: Tensor  # uint8: (E, D) for 8 bits; (E, D / 2) for 4 bits, the even column in the lower half of a byte
     scale: Tensor  # (E, G) bfloat16
-    offset: Tensor  # (E, G) bfloat16, what the middle code stands for
+    offset: Tensor  # (E, G) bfloat16, the value of the middle code
 
     @property
     def bits(self) -> Bits:
-        """Bits of a code."""
+        """Bits per code."""
         return 8 if self.codes.shape[1] == self.scale.shape[1] * GROUP else 4
 
 
@@ -130,10 +128,10 @@ def _halves(q: Quantized) -> list[tuple[Tensor, Tensor]]:
 
 
 def fused_product(rows: Tensor) -> bool:
-    """Whether a Triton kernel takes these rows (R, D): few, on a GPU, and no gradient is asked for."""
+    """Whether a Triton kernel takes these rows (R, D): at most 16, on a GPU, and no gradient is needed."""
     if not rows.is_cuda or not 1 <= len(rows) <= MOST_ROWS or (rows.requires_grad and torch.is_grad_enabled()):
         return False
-    return not why_no_triton(rows.unflatten(1, (1, -1, GROUP)))  # asks about a shape (B, T, N, H), here one token each
+    return not why_no_triton(rows, "x")
 
 
 def in_groups(x: Tensor) -> Tensor:
