@@ -69,46 +69,49 @@ def train_vqvae(
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """How to train one of the three stages."""
+class StageOptions:
+    """How to train one of the three stages.
+
+    Attributes:
+        steps: updates.
+        lr: highest learning rate.
+        preset: sizes of the model.
+        weights: folder with vqvae.safetensors, text.model and the earlier stages; the preset's own if not given.
+        out: folder for the weights, checkpoints and logs.
+        batch_size: samples in an update.
+        warmup: updates until the highest learning rate is reached.
+        weight_decay: of the matrices; embeddings, norms and biases do not decay.
+        ema_decay: of the averaged weights, which are the ones that are kept.
+        optimizer: of the matrices inside the model; adamw always trains embeddings, norms and biases.
+        precision: of the forward passes; auto is bf16 where the device is faster with it, otherwise fp32.
+        judge_every: updates between evaluations (CogLM draws 100 names of each split in each language; for the other
+            stages it is the PSNR); never if not given.
+        seed: of weights and batches.
+        device: auto, cpu, cuda, cuda:1, ...
+        compile: compile the model first, which takes a minute or more.
+        resume: continue from the checkpoint in the folder, if there is one.
+        json: print the result as JSON.
+    """
 
     steps: int
-    """updates"""
     lr: float
-    """highest learning rate"""
     preset: str = "toy"
-    """sizes of the model"""
     weights: OptionalFolder = None
-    """folder with vqvae.safetensors, text.model and the stages before this one; the preset's own if not given"""
     out: Folder = Path("runs/toy")
-    """folder for the weights, checkpoints and logs"""
     batch_size: int = 8
-    """samples in an update"""
     warmup: int = 100
-    """updates until the highest learning rate is reached"""
     weight_decay: float = 0.01
-    """of the matrices; embeddings, norms and biases do not decay"""
     ema_decay: float = 0.999
-    """of the averaged weights, which are the ones that are kept"""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """of the matrices inside the model; embeddings, norms and biases always have adamw"""
     precision: Precision = "auto"
-    """of the forward passes; auto is bf16 where the device is faster with it, otherwise fp32"""
     judge_every: OptionalInt = None
-    """updates between evaluations, never if not given; of coglm by drawing 100 names of each split in each language,
-    of the other stages by PSNR"""
     seed: int = 0
-    """of weights and batches"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
     compile: bool = False
-    """compile the model first, which takes a minute or more"""
     resume: bool = True
-    """continue from the checkpoint in the folder, if there is one"""
     json: bool = False
-    """print the result as JSON"""
 
-    def train(self, stage: Literal["coglm", "direct", "iterative"]) -> Report:
+    def train(self, name: Literal["coglm", "direct", "iterative"]) -> Report:
         """Train a stage; returns where its weights are, and the summary of ``training.fit``."""
         sizes = get_preset(self.preset)
         check_folder(self.out)
@@ -123,13 +126,13 @@ class StageRun:
             progress=not self.json,
         )  # fmt: skip
         common = (sizes, self.source(), self.out, settings, options)
-        if stage == "coglm":
+        if name == "coglm":
             summary = recipes.train_coglm(*common, recipes.CogLMRecipe(batch_size=self.batch_size, seed=self.seed))
         else:
             recipe = recipes.SuperResolutionRecipe(batch_size=self.batch_size, seed=self.seed)
-            train = recipes.train_direct if stage == "direct" else recipes.train_iterative
+            train = recipes.train_direct if name == "direct" else recipes.train_iterative
             summary = train(*common, recipe)
-        return {"weights": str(self.out / f"{stage}.safetensors"), **summary}
+        return {"weights": str(self.out / f"{name}.safetensors"), **summary}
 
     def source(self) -> Path:
         """The folder of the weights to build on."""
@@ -138,25 +141,25 @@ class StageRun:
         return find_folder(self.weights or self.preset)
 
 
-Options = Annotated[StageRun, tyro.conf.arg(name="")]  # options without a prefix
-COGLM = StageRun(steps=13000, lr=1.2e-3, batch_size=64, warmup=200, weight_decay=0.05, optimizer="adamw")
-DIRECT, ITERATIVE = StageRun(steps=4200, lr=4e-3), StageRun(steps=4500, lr=3e-3)
+Options = Annotated[StageOptions, tyro.conf.arg(name="")]  # without a name, options have no prefix
+COGLM = StageOptions(steps=13000, lr=1.2e-3, batch_size=64, warmup=200, weight_decay=0.05, optimizer="adamw")
+DIRECT, ITERATIVE = StageOptions(steps=4200, lr=4e-3), StageOptions(steps=4500, lr=3e-3)
 
 
-def train_coglm(run: Options = COGLM) -> int:
+def train_coglm(stage: Options = COGLM) -> int:
     """Train CogLM on the emoji, on all of its tasks; the defaults made the shipped one."""
-    report = run.train("coglm")
+    report = stage.train("coglm")
     for name in ("vqvae.safetensors", "text.model"):
-        if not (run.out / name).exists():  # with these two, the folder can be given as --weights
-            shutil.copyfile(run.source() / name, run.out / name)
-    return show(report, run.json)
+        if not (stage.out / name).exists():  # with these two, the folder can be given as --weights
+            shutil.copyfile(stage.source() / name, stage.out / name)
+    return show(report, stage.json)
 
 
-def train_direct(run: Options = DIRECT) -> int:
+def train_direct(stage: Options = DIRECT) -> int:
     """Train the direct stage on top of a finished CogLM."""
-    return show(run.train("direct"), run.json)
+    return show(stage.train("direct"), stage.json)
 
 
-def train_iterative(run: Options = ITERATIVE) -> int:
+def train_iterative(stage: Options = ITERATIVE) -> int:
     """Train the iterative stage, which starts from CogLM and the direct stage, and learns from the latter's codes."""
-    return show(run.train("iterative"), run.json)
+    return show(stage.train("iterative"), stage.json)

@@ -123,7 +123,7 @@ class Run:
         )
 
     def resume(self) -> int:
-        """Load the checkpoint if there is one and it is wanted; returns the number of updates done."""
+        """Load the checkpoint if there is one, unless ``resume`` is off; returns the number of updates done."""
         checkpoint = self.checkpoint
         if self.options.resume and checkpoint.path.exists():
             return checkpoint.load()
@@ -159,7 +159,7 @@ class Run:
         self.ema.update(step)
 
     def is_over(self) -> bool:
-        """Whether this was the last update, of the whole run or of the time that this call may take."""
+        """Whether this call ends now: all updates are done, or its time is up."""
         limit = self.options.max_seconds
         return self.done == self.settings.steps or (limit is not None and time.monotonic() - self.began > limit)
 
@@ -174,7 +174,7 @@ class Run:
             self.bar.set_postfix(shown)
 
     def validate(self) -> None:
-        """Now and then call the objective's ``validate``, with averaged weights and without a trace in training."""
+        """Now and then call the objective's ``validate`` with the averaged weights; training does not notice it."""
         every = self.options.validate_every
         if not every or not hasattr(self.objective, "validate"):
             return
@@ -214,7 +214,7 @@ class Run:
             "checkpoint": str(self.checkpoint.path),
         }
 
-    # What several of the parts need.
+    # Used by several of the parts above.
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens once in ``every`` updates happens after this one."""
