@@ -6,7 +6,7 @@ sees the context and the tokens before it. Every run of predictions starts after
 the first cell of a patch's row, or the first token of a span. CogView2 (arXiv 2204.14217), section 3.1.
 
 Mirrors: the data and mask functions of the original's ``pretrain_coglm`` and ``coglm_strategy`` files. Given the same
-random choices, every function here returns exactly the same (``tests/test_parity.py``).
+random choices, every function here returns exactly the same (``tests/parity``).
 
 A training sample starts as ``raw``: text, <pad>, perhaps a second text, <pad>..., and the picture at the end.
 Random choices are made by the ``draw_*`` functions and passed in, so that each mask is a plain function.
