@@ -1,16 +1,16 @@
-"""Weights in eight or four bits: a half or a quarter of the memory, and of the time that reading them takes.
+"""Weights in 8 or 4 bits: a half or a quarter of the memory, and of the time it takes to read them.
 
-The idea: neighbouring weights of a row are of similar size. So 64 of them share a scale and an offset, and each is kept
-as a small whole number: ``weight = (code - middle) * scale + offset``. Drawing token by token waits for weights to come
-from memory, so with a quarter of the bytes it is nearly four times as fast; what it costs is a rounding error in every
-matrix, which ``relative_error`` states.
+The idea: neighbouring weights of a row are of similar size. So 64 of them share a scale and an offset, and each weight
+is kept as a small integer: ``weight = (code - middle) * scale + offset``. Drawing token by token waits for weights to
+come from memory, so a quarter of the bytes makes it nearly four times as fast. The price is a rounding error in every
+matrix, which ``relative_error`` measures.
 
-No part of the original. Round-to-nearest in groups is the plain form of weight quantisation, see Dettmers &
-Zettlemoyer, "The case for 4-bit precision" (2022, arXiv 2212.09720); better ones look at activations as well.
+No part of the original. Rounding to the nearest code in groups is the plainest form of weight quantization, see
+Dettmers & Zettlemoyer, "The case for 4-bit precision" (2022, arXiv 2212.09720); better ones look at activations too.
 
-On x86 and ARM processors PyTorch has a product of bfloat16 rows with four-bit matrices, which reads them as they are;
-eight bits go through it as two halves of four. On a GPU a Triton kernel does the same for up to 16 rows
-(``kernels/quantized.py``). Otherwise matrices are dequantised one by one, which saves memory alone.
+On x86 and ARM processors PyTorch has a product of bfloat16 rows with 4-bit matrices, which reads the codes as they are;
+an 8-bit matrix goes through it as two 4-bit halves. On a GPU a Triton kernel does the same for up to 16 rows
+(``kernels/quantized.py``). Everywhere else matrices are dequantized one by one, which saves memory but no time.
 
 Shapes: ``E`` outputs, ``D`` inputs, ``G`` = D / 64 groups in a row.
 
