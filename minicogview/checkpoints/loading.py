@@ -1,4 +1,4 @@
-"""From a folder of weights to models: which preset they belong to, whether the files fit together, and the loading.
+"""From a folder of weights to models: which preset they belong to, whether files fit together, and how to load.
 
 The idea: a plan (``scale/plan.py``) says how each stage has its weights: in memory, quantized, or layer by layer from
 the disk. ``load_stages`` first builds all models without weights, then gives each its own in the way of the plan,

@@ -53,7 +53,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: Tensor, bits: Bits) -> Quantized:
-    """Round a matrix (E, D) to codes of so many bits, spread evenly between the least and the largest of 64 weights.
+    """Round a matrix (E, D) to codes of ``bits`` bits, spread evenly between the least and the largest of 64 weights.
 
     A last group that is not full is filled up with the last column, which does not widen its range.
 
@@ -88,7 +88,7 @@ def split_bytes(codes: Tensor) -> Tensor:
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix that is left of a quantised one, (E, D) with D in whole groups."""
+    """The matrix that a quantized one stands for, (E, D) with D in whole groups."""
     codes = q.codes if q.bits == 8 else split_bytes(q.codes)
     centred = codes.to(dtype).sub_(2 ** (q.bits - 1)).unflatten(1, (-1, GROUP))  # exact in bfloat16: at most 8 bits
     return centred.mul_(q.scale.to(dtype)[..., None]).add_(q.offset.to(dtype)[..., None]).flatten(1)
@@ -100,7 +100,7 @@ def relative_error(weight: Tensor, q: Quantized) -> Tensor:
     return (dequantize(q)[:, : weight.shape[1]] - weight).norm() / weight.norm().clamp(min=1e-30)
 
 
-# --- products without a dequantised copy --------------------------------------------------------------------------
+# --- products without a dequantized copy --------------------------------------------------------------------------
 
 
 def has_int4_product(device: torch.device) -> bool:
@@ -144,7 +144,7 @@ def in_groups(x: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """``nn.Linear`` whose matrix is kept in few bits, for inference; dequantised unless ``fused_product`` holds.
+    """``nn.Linear`` with a quantized matrix, for inference; it is dequantized unless ``fused_product`` holds.
 
     Attributes:
         codes, scale, offset: see ``Quantized``. bias: (E,).
