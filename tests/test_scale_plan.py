@@ -158,7 +158,7 @@ def test_four_bits_still_know_an_apple(reference: torch.Tensor) -> None:
     assert scores.argmax() == 0
     base = load_stages(TOY, Plan()).coglm.transformer
     direct = model.upsampler and model.upsampler.direct
-    assert direct and isinstance(direct.base.layers[0].attention.qkv, nn.Linear)  # its own, and not CogLM's quantized one
+    assert direct and isinstance(direct.base.layers[0].attention.qkv, nn.Linear)  # its own, not CogLM's
     assert direct.base.token_embedding.weight.data_ptr() == model.coglm.transformer.token_embedding.weight.data_ptr()
     assert direct.base.layers[0].mlp.up.weight.shape == base.layers[0].mlp.up.weight.shape
 

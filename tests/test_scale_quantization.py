@@ -1,4 +1,4 @@
-"""8-bit and 4-bit weights: codes and their errors, products on a CPU, and the Triton kernel, also compiled for a GPU."""
+"""8-bit and 4-bit weights: codes and errors, products on a CPU, and the Triton kernel, also compiled for a GPU."""
 
 from __future__ import annotations
 

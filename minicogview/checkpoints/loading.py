@@ -50,7 +50,7 @@ def find_folder(source: str | Path) -> Path:
     if isinstance(source, str) and source in PRESETS:
         if (SHIPPED / source).is_dir():
             return SHIPPED / source
-        raise MiniCogViewError(f"no weights ship with the preset {source!r}: give the folder of your own, with {NEEDED}")
+        raise MiniCogViewError(f"no weights ship with the preset {source!r}: give a folder of your own with {NEEDED}")
     folder = Path(source)
     if folder.is_dir():
         return folder
