@@ -148,7 +148,7 @@ def test_triton_is_asked_for_on_linux_only() -> None:
 
 def test_makefile_has_the_promised_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ["demo", "test", "lint", "types", "notebooks", "wheel-check"]:
+    for target in ["demo", "test", "test-plain", "lint", "types", "notebooks", "wheel-check"]:
         assert re.search(rf"^{target}: \$\(VENV\)/\.(plain|dev)$", makefile, re.MULTILINE), target
 
 
