@@ -206,7 +206,7 @@ def test_sizes_name_the_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_presets_without_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("small", "cogview2"):
-        with pytest.raises(MiniCogViewError, match=f"no weights ship with the preset '{name}': give the folder"):
+        with pytest.raises(MiniCogViewError, match=f"no weights ship with the preset '{name}': give a folder"):
             CogView2.from_pretrained(name)
     with pytest.raises(MiniCogViewError, match="'toyy' is neither a preset"):
         CogView2.from_pretrained("toyy")
