@@ -228,6 +228,13 @@ def test_readme_names_every_notebook() -> None:
         assert f"notebooks/{notebook.name}" in readme
 
 
+def test_readme_has_every_module_in_its_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("## Files")[1].split("```")[1]
+    modules = {p.name for folder in (PACKAGE, ROOT / "kernels") for p in folder.rglob("[a-z]*.py")}
+    assert modules <= set(re.findall(r"\w+\.py", tree)), "a module is missing in the README's tree"
+
+
 def test_links_between_files_lead_somewhere() -> None:
     for page in of_kind(".md"):
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
