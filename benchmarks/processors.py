@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minicogview.checkpoints.loading import load_stages
+from minicogview.checkpoints.models import load_stages
 from minicogview.checkpoints.random_weights import write_random
 from minicogview.coglm import CogLM
 from minicogview.config import Preset, get_preset

@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import minicogview
-from minicogview.checkpoints.files import save_model
+from minicogview.checkpoints.weight_files import save_model
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig, VQVAEConfig
 from minicogview.data import shapes

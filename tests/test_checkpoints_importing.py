@@ -18,9 +18,9 @@ from tiny import SHIPPED, TINY
 from torch import Tensor, nn
 
 from minicogview.checkpoints import importing, shards
-from minicogview.checkpoints.files import load_coglm, load_direct, load_iterative
 from minicogview.checkpoints.importing import MODELS, import_released
 from minicogview.checkpoints.sat import SatFolder, ours_to_sat
+from minicogview.checkpoints.weight_files import load_coglm, load_direct, load_iterative
 from minicogview.cli.doctor import doctor
 from minicogview.cli.main import main
 from minicogview.coglm import CogLM
@@ -182,7 +182,7 @@ def test_the_whole_system_loads_and_draws(release: Path, tmp_path: Path) -> None
     np.save(release / "cluster_label.npy", labels)
     shutil.copyfile(SHIPPED / "text.model", release / "ice_text.model")
     import_released(release, target, TINY)
-    from minicogview.checkpoints.files import save_model
+    from minicogview.checkpoints.weight_files import save_model
     from minicogview.vqvae import VQVAE
 
     torch.manual_seed(3)

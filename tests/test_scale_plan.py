@@ -10,9 +10,9 @@ import torch
 from tiny import ENLARGED
 from torch import nn
 
-from minicogview.checkpoints.files import load_config
-from minicogview.checkpoints.loading import SHIPPED, load_stages, plan_for
+from minicogview.checkpoints.models import SHIPPED, load_stages, plan_for
 from minicogview.checkpoints.random_weights import models, write_random
+from minicogview.checkpoints.weight_files import load_config
 from minicogview.cli.main import main
 from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError

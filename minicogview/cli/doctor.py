@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from minicogview.checkpoints.files import FILES, has_weights, identity, load_config, load_weights, open_weights
 from minicogview.checkpoints.importing import MODELS, RELEASED, check_source, find_parts
-from minicogview.checkpoints.loading import find_folder
+from minicogview.checkpoints.models import find_folder
 from minicogview.checkpoints.sat import SatFolder, open_torch_file
 from minicogview.checkpoints.shards import INDEX, Shards
+from minicogview.checkpoints.weight_files import FILES, has_weights, identity, load_config, load_weights, open_weights
 from minicogview.config import PRESETS, Preset, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.cost import costs

@@ -7,7 +7,7 @@ Super-resolution passes thousands of tokens through every layer, so reading hide
 one. So what a small machine should do follows from sizes alone, and ``choose_plan`` takes the first way that fits.
 
 The number format of the computation follows from what the machine does well (``machine.py``). Where that is float32,
-the matrices of a large model stay in half precision, and products convert them piece by piece (``products.py``).
+the matrices of a large model stay in half precision, and products convert them piece by piece (``mixed_precision.py``).
 
 Mirrors: nothing. The original keeps three models in 40 GB of GPU memory.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minicogview.checkpoints.files import (
+from minicogview.checkpoints.weight_files import (
     FILES,
     STAGES,
     has_weights,
@@ -32,9 +32,9 @@ from minicogview.config import PRESETS, CogLMConfig, Preset, VQVAEConfig, get_pr
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.scale.machine import pick_device
+from minicogview.scale.mixed_precision import in_pieces, keep_half
 from minicogview.scale.offload import Offload, State
 from minicogview.scale.plan import BITS, Plan, Sizes, Way, choose_formats, choose_plan, parse_memory
-from minicogview.scale.products import in_pieces, keep_half
 from minicogview.scale.quantization import Bits, quantize_layers
 from minicogview.scale.streaming import forget_pages, mapped_from_files, stream_layers
 from minicogview.super_resolution import DirectSR
