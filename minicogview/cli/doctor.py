@@ -31,9 +31,9 @@ from minicogview.scale.machine import bfloat16_pays, cpu_speeds, free_memory
 from minicogview.scale.plan import BITS, Plan, Sizes, choose_formats, choose_plan, parse_memory
 
 NAMES = {
-    "coglm": "stage one (CogLM)",
-    "direct": "direct super-resolution",
-    "iterative": "iterative super-resolution",
+    "coglm": "CogLM (first stage)",
+    "direct": "direct stage",
+    "iterative": "iterative stage",
     "vqvae": "picture tokenizer",
     "text": "text tokenizer",
     "labels": "cluster labels",

@@ -157,7 +157,7 @@ def choose_formats(name: str, parameters: int, device: torch.device | str, store
 class Sizes:
     """Numbers in the weights of a system, and bytes of what is computed on the way for one picture."""
 
-    layers: int  # of CogLM; LoPAR's are as many
+    layers: int  # of CogLM; the iterative stage has as many
     tables: int  # token and position tables, as far as they are in memory
     extra: int  # what the direct stage has beside CogLM's
     n_layers: int
