@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minicogview.editing import to_mask
 from minicogview.errors import MiniCogViewError
 from minicogview.figures.painter import LARGE, SMALL, MaskPainter, edit_panel, zoom_of
+from minicogview.masks import to_mask
 
 PATIENCE = 120  # seconds: a kernel that imports torch on a busy machine takes its time
 
