@@ -30,6 +30,12 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return image
 
 
+def with_rgb_profile(image: Image.Image) -> Image.Image:
+    """The picture; in sRGB if its profile is one of grey or CMYK, which would be wrong once its pixels are RGB."""
+    profile = profile_of(image)
+    return image if profile is None or profile.profile.xcolor_space.strip() == "RGB" else to_srgb(image)
+
+
 def in_profile_of(image: Image.Image, other: Image.Image) -> Image.Image:
     """An sRGB picture with its colours in the profile of another picture."""
     profile = profile_of(other)

@@ -28,7 +28,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from minicogview.colour import on_white, profile_of, to_srgb
+from minicogview.colour import on_white, with_rgb_profile
 from minicogview.errors import MiniCogViewError
 
 VISIBLE = 128  # pixels; a notebook shows smaller pictures enlarged
@@ -81,7 +81,8 @@ def opened(picture: Picture, name: str = "picture", side: int | None = None) -> 
     if isinstance(picture, Image.Image):
         loaded(picture, f"the {name}")
         deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16")  # convert() would clip these to white
-        source = np.asarray(ImageOps.exif_transpose(picture))[None] if deep else upright(picture)
+        seen = picture if name == "mask" else with_rgb_profile(picture)  # a mask has numbers, not colours
+        source = np.asarray(ImageOps.exif_transpose(picture))[None] if deep else upright(seen)
     else:
         source = channels_first(picture, name)
         check_pixels(source.shape[2], source.shape[1], f"the {name}")
@@ -249,9 +250,6 @@ def shrunk(image: Image.Image, side: int | None) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """A picture as a viewer shows it: rotated as its EXIF data says, 8-bit, RGB, or RGBA if parts are transparent."""
     image = ImageOps.exif_transpose(image)
-    profile = profile_of(image)
-    if profile is not None and profile.profile.xcolor_space.strip() != "RGB":  # of grey or CMYK, useless for RGB
-        image = to_srgb(image)
     try:
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except ValueError as error:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from minicogview.colour import alike, in_profile_of, on_white, profile_of, to_srgb
+from minicogview.colour import alike, in_profile_of, on_white, to_srgb
+from minicogview.masks import to_mask
 from minicogview.pictures import contact_sheet, to_image, to_tensor
 
 
@@ -57,13 +58,29 @@ def test_srgb_and_damaged_profiles_change_nothing() -> None:
         assert to_image(image).info["icc_profile"] == profile
 
 
-def test_a_profile_of_grey_does_not_stay_with_colours() -> None:
-    profile = bytearray(swapped_profile())
-    profile[16:20] = b"GRAY"
-    image = Image.new("L", (4, 3), 200)
-    image.info["icc_profile"] = bytes(profile)
-    assert profile_of(image) is not None
-    assert "icc_profile" not in to_image(image).info and to_image(image).getpixel((0, 0)) == (200, 200, 200)
+def grey_profile() -> bytes:
+    """A profile of linear grey: half of the light is 188 of 255 in sRGB."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    header = bytearray(srgb[:128])
+    header[16:20] = b"GRAY"
+    white = b"XYZ " + bytes(4) + b"".join(int(x * 65536).to_bytes(4, "big") for x in (0.9642, 1, 0.8249))
+    curve = b"curv" + bytes(8)  # no entries: the curve is a straight line
+    table = (2).to_bytes(4, "big")
+    for name, data, place in ((b"wtpt", white, 156), (b"kTRC", curve, 156 + len(white))):
+        table += name + place.to_bytes(4, "big") + len(data).to_bytes(4, "big")
+    profile = header + table + white + curve
+    profile[:4] = len(profile).to_bytes(4, "big")
+    return bytes(profile)
+
+
+def test_a_profile_of_grey_is_used_and_does_not_stay() -> None:
+    image = Image.new("L", (4, 3), 128)
+    image.info["icc_profile"] = grey_profile()
+    seen = to_image(image)
+    assert seen.getpixel((0, 0)) == (188, 188, 188) and "icc_profile" not in seen.info
+    assert to_tensor(image)[0, 0, 0].item() == pytest.approx(188 / 255)
+    image.paste(120, (0, 0, 2, 3))
+    assert to_mask(image, (3, 4)).sum() == 6  # a mask has numbers, not colours
 
 
 def test_all_modes_of_pil_are_read() -> None:

@@ -13,7 +13,9 @@ from PIL import Image
 from test_colour import swapped_profile
 from tiny import TINY, write_tiny
 
+from minicogview.cli.main import main
 from minicogview.colour import to_srgb
+from minicogview.config import PRESETS
 from minicogview.editing import crop_box, inner_box, paste, token_region
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import save
@@ -174,3 +176,21 @@ def test_memory_is_named_before_drawing(model: CogView2) -> None:
         model.edit("cat", large, box_mask((6000, 6000), 0, 0, 50, 50), n=20)
     with pytest.raises(MiniCogViewError, match="has 20000 x 20000 pixels, more than 67 million"):
         outpaint(model, "cat", noise(8, 8), (19_992, 0, 0, 19_992))
+
+
+def test_a_mask_is_inverted_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "weights")
+    picture, mask = noise(20, 30), box_mask((20, 30), 4, 4, 18, 28).numpy()
+    picture.save("photo.png")
+    Image.fromarray(mask).save("mask.png")
+    command = ["edit", "cat", "photo.png", "--weights", "weights", "--n", "1", "--out", "new"]
+    assert main([*command, "--mask", "mask.png", "--invert-mask"]) == 0
+    changed = (np.asarray(Image.open("new/cat_edit_0.png")) != np.asarray(picture)).any(-1)
+    assert changed.any() and not changed[mask].any()
+    capsys.readouterr()
+    assert main([*command, "--box", "0", "0", "1", "1", "--invert-mask"]) == 2
+    assert capsys.readouterr().err == "minicogview: --invert-mask belongs to --mask FILE: give one, or leave it out\n"
