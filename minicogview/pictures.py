@@ -38,7 +38,7 @@ ENOUGH = 1024  # pixels along a side that a picture keeps when it is shrunk befo
 ROUNDING = 1e-4  # how far a float may lie outside 0..1
 
 # Wherever a user gives a picture; a sequence is nested lists of numbers, or holds a single picture.
-Picture = str | Path | Image.Image | Tensor | np.ndarray | Sequence[Any]
+Picture = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray | Sequence[Any]
 
 
 # --- one meaning for whatever is handed in
@@ -76,7 +76,7 @@ def to_image(picture: Picture) -> Image.Image:
 
 def opened(picture: Picture, name: str = "picture", side: int | None = None) -> Image.Image | np.ndarray:
     """A picture as an upright 8-bit PIL image; or as an array (C, H, W), if its values need a closer look."""
-    if isinstance(picture, str | Path):
+    if isinstance(picture, str | os.PathLike):
         return opened(open_picture(picture, side), name)
     if isinstance(picture, Image.Image):
         loaded(picture, f"the {name}")
@@ -96,12 +96,12 @@ def channels_first(picture: Any, name: str) -> np.ndarray:
             return channels_first(picture[0], name) if not is_file(picture[0]) else as_array(opened(picture[0], name))
         if any(is_file(one) for one in picture):
             raise MiniCogViewError(f"a list of {len(picture)} {name}s: give one at a time")
-        picture = [plain(one) for one in picture]
     first = isinstance(picture, Tensor)  # where both ends could be channels, each library has its habit
     try:
-        values = np.asarray(plain(picture))
-    except (ValueError, TypeError) as error:
-        raise MiniCogViewError(f"the {name} is no array ({error}): give rows of equal length") from None
+        values = plain(picture)
+    except (ValueError, TypeError, RuntimeError):  # lists of unequal length; tensors that are sparse, or without data
+        kind = type(picture).__name__
+        raise MiniCogViewError(f"the {name}, a {kind}, is no plain array: give rows of equal length") from None
     if values.dtype.kind not in "biuf":
         raise MiniCogViewError(
             f"the {name} is of type {type(picture).__name__}: give a file, a PIL image, an array or a tensor of numbers"
@@ -125,8 +125,8 @@ def as_codes(picture: Picture, grid: int) -> Tensor | None:
     Bytes and 16-bit values are grey pixels, unless their shape is (grid, grid).
     """
     try:
-        values = np.zeros(0) if is_file(picture) else np.asarray(plain(picture))
-    except ValueError:  # lists of unequal length
+        values = np.zeros(0) if is_file(picture) else plain(picture)
+    except (ValueError, TypeError, RuntimeError):  # to_tensor says why
         return None
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "iu":
         return None
@@ -138,13 +138,15 @@ def as_codes(picture: Picture, grid: int) -> Tensor | None:
 
 def is_file(value: Any) -> bool:
     """Whether a value is a picture of its own: a file or a PIL image."""
-    return isinstance(value, str | Path | Image.Image)
+    return isinstance(value, str | os.PathLike | Image.Image)
 
 
-def plain(value: Any) -> Any:
-    """A tensor as an array; everything else unchanged."""
+def plain(value: Any) -> np.ndarray:
+    """A tensor, an array, or lists of them or of numbers, as an array."""
+    if isinstance(value, list | tuple):
+        return np.asarray([plain(one) if isinstance(one, Tensor) else one for one in value])
     if not isinstance(value, Tensor):
-        return value
+        return np.asarray(value)
     value = value.detach().cpu()
     return (value.float() if value.is_floating_point() else value).numpy()
 
@@ -165,7 +167,8 @@ def white_value(values: np.ndarray, name: str = "picture") -> int:
     low, high = float(values.min()), float(values.max())
     seen = f"the {name} has values from {low:.6g} to {high:.6g}"
     if not np.isfinite([low, high]).all():
-        raise MiniCogViewError(f"{seen}, some are NaN or infinite: give numbers from 0 to 1")
+        wrong = f"{np.sum(~np.isfinite(values))} of {values.size} values"
+        raise MiniCogViewError(f"{wrong} of the {name} are NaN or infinite: give numbers from 0 to 1")
     kind, size = values.dtype.kind, values.dtype.itemsize
     if low < (-ROUNDING if kind == "f" else 0):
         remedy = "add 1 and divide by 2" if -1 <= low and high <= 1 and kind == "f" else "give 0..1, or bytes 0..255"
@@ -193,7 +196,7 @@ def as_float(values: np.ndarray) -> np.ndarray:
 # --- files and PIL images
 
 
-def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
+def open_picture(path: str | os.PathLike[str], side: int | None = None) -> Image.Image:
     """Read the whole of a picture file, so that damage is noticed here; a file that is too large is not read.
 
     Args:
@@ -229,6 +232,8 @@ def loaded(image: Image.Image, name: str) -> Image.Image:
 
 def check_pixels(width: int, height: int, name: str) -> None:
     """Raise MiniCogViewError if a picture is too large to work with, before that takes time and memory."""
+    if width * height == 0:
+        raise MiniCogViewError(f"{name} has {width} x {height} pixels: give at least one")
     if width * height > MAX_PIXELS:
         limit = f"{MAX_PIXELS / 1e6:.0f} million"
         raise MiniCogViewError(f"{name} has {width} x {height} pixels, more than {limit}: shrink it first")

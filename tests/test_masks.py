@@ -139,10 +139,10 @@ def test_black_in_a_white_mask_on_a_layer_is_kept() -> None:
         (strokes("#00ff0040"), r"highest opacity 64 of 255"),
         (BYTES.astype(np.int8) * -1, r"mask has values from -1 to 0"),
         (MARKED * 2.0 - 1, r"mask has values from -1 to 1: add 1 and divide by 2"),
-        (np.where(MARKED, np.nan, 0), r"NaN"),
+        (np.where(MARKED, np.nan, 0), r"450 of 2400 values of the mask are NaN"),
         (np.repeat(MARKED[None], 2, axis=0), r"mask has shape \(2, 40, 60\)"),
         (np.repeat(BYTES[None, None], 2, axis=0), r"a batch of masks of shape \(2, 1, 40, 60\): give one at a time"),
-        ([[1, 0], [1]], "mask is no array"),
+        ([[1, 0], [1]], "the mask, a list, is no plain array"),
         ([GREY, GREY], "a list of 2 masks: give one at a time"),
         (None, "mask is of type NoneType"),
         (erased(photo(1)), r"mask is a picture with transparent parts \(\d+ colours\), and not the one to edit"),
@@ -175,8 +175,8 @@ def test_regions_are_cut_like_masks() -> None:
     for region, reason in (
         (torch.eye(4), r"region of shape \(4, 4\)"),
         (torch.eye(3) * 0.3, "with 0 cells"),
-        (torch.eye(3) * float("nan"), "region has values .* NaN"),
-        ([[1], [1, 0]], "region is no array"),
+        (torch.eye(3) * float("nan"), "9 of 9 values of the region are NaN"),
+        ([[1], [1, 0]], "the region, a list, is no plain array"),
     ):
         with pytest.raises(MiniCogViewError, match=reason):
             check_region(region, 3)
