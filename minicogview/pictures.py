@@ -188,7 +188,7 @@ def as_float(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f" and white > 1:
         low, high = values.min(), values.max()
         raise MiniCogViewError(f"the picture has values from {low:.6g} to {high:.6g}: divide by {white}")
-    if values.dtype.kind == "i" and values.max() == 1:
+    if values.dtype.kind in "iu" and values.dtype not in (np.uint8, np.uint16) and values.max() == 1:
         raise MiniCogViewError("the picture has integers, 0 and 1 alone: give floats 0..1, or uint8 0..255")
     return (np.array(values, dtype=np.float32) / np.float32(white)).clip(0, 1)
 

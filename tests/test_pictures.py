@@ -132,6 +132,7 @@ def test_transparent_arrays_go_on_white() -> None:
         (BYTES.numpy() - 128.0, "values from -128 to 127"),
         (BYTES.int() * 1000, "values from 0 to 255000"),
         ((PIXELS > 0.5).int(), "integers, 0 and 1 alone"),
+        ((PIXELS > 0.5).numpy().astype(np.uint32), "integers, 0 and 1 alone"),
         (Image.fromarray(np.full((5, 7), 255, np.float32)), "values from 255 to 255: divide by 255"),
         (PIXELS.expand(2, 3, 5, 7), r"a batch of pictures of shape \(2, 3, 5, 7\): give one at a time"),
         ([PIXELS, PIXELS], r"a batch of pictures of shape \(2, 3, 5, 7\)"),
