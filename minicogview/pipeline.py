@@ -29,9 +29,10 @@ from minicogview.checkpoints.weight_files import load_vqvae
 from minicogview.clusters import Clusters, clusters_for, load_labels
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig, replace_settings
-from minicogview.editing import CONTEXT, Mask, check_region, crop_box, paste_all, to_mask, token_region
+from minicogview.editing import CONTEXT, check_total, crop_box, paste_all, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Picture, Pictures, to_image
+from minicogview.masks import check_region, to_mask
+from minicogview.pictures import Picture, Pictures, as_codes, to_image
 from minicogview.sampling import Sampler
 from minicogview.scale.fast_steps import fast_steps
 from minicogview.scale.machine import sleeping_threads
@@ -185,22 +186,22 @@ class CogView2:
         return ids
 
     def codes(self, picture: Picture) -> Tensor:
-        """Picture codes (grid, grid) of a file, a PIL image or a (3, H, W) tensor, which is resized to a square.
+        """Picture codes (grid, grid) of a file, a PIL image, an array or a tensor, which is resized to a square.
 
-        A tensor (grid, grid) is taken to be codes already and returned.
+        Integers (grid, grid) are taken to be codes already and returned; see ``pictures.as_codes``.
 
         Raises:
             MiniCogViewError: if the picture cannot be read, or codes have another shape or range.
         """
-        if not (isinstance(picture, Tensor) and picture.ndim == 2):
+        codes, n_codes = as_codes(picture, self.grid), self.coglm.config.n_codes
+        if codes is None:
             return self.tokenizer.encode_picture(picture, size=self.size)
-        n_codes = self.coglm.config.n_codes
-        if picture.shape != (self.grid, self.grid) or picture.min() < 0 or picture.max() >= n_codes:
+        if codes.shape != (self.grid, self.grid) or codes.min() < 0 or codes.max() >= n_codes:
             raise MiniCogViewError(
-                f"codes of shape {tuple(picture.shape)}, from {picture.min()} to {picture.max()}: "
+                f"codes of shape {tuple(codes.shape)}, from {codes.min()} to {codes.max()}: "
                 f"give ({self.grid}, {self.grid}) with values 0..{n_codes - 1}, or a picture"
             )
-        return picture.long()
+        return codes
 
     # --- tasks
 
@@ -271,7 +272,7 @@ class CogView2:
         self,
         text: str,
         picture: Picture,
-        mask: Mask,
+        mask: Picture,
         n: int = 1,
         seed: int = 0,
         stages: int | None = None,
@@ -282,8 +283,8 @@ class CogView2:
 
         Args:
             text: describes the cut-out as it should be afterwards.
-            picture: file, PIL image, or tensor (3, H, W).
-            mask: array or tensor (H, W), or a picture of that size; see ``editing.to_mask``.
+            picture: file, PIL image, array or tensor; see ``pictures.to_tensor``.
+            mask: the same, of the picture's size, white where it is drawn anew; see ``masks.to_mask``.
             n, seed, sampling: as for ``complete``. stages: as for ``generate``.
             context: side of the cut-out / longer side of the mask; more of it shows the models more surroundings.
 
@@ -295,10 +296,11 @@ class CogView2:
                 ``context`` is below 1.
         """
         image = to_image(picture)
-        chosen = to_mask(mask, (image.height, image.width))
+        chosen = to_mask(mask, (image.height, image.width), image)
         top, left, bottom, right = box = crop_box(chosen, context, self.grid)
         cut, hole = image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
         stages = self._stages(stages)
+        check_total(image, n * stages)
         drawn = self.complete(text, self.codes(cut), token_region(hole, self.grid), n, seed, **sampling)
         if stages > 1 and self.upsampler is not None:
             side = self.upsampler.grid

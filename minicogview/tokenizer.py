@@ -213,17 +213,18 @@ class Tokenizer:
         """Codes of a picture, (h, w) int64, in raster order when flattened.
 
         Args:
-            picture: a file, a PIL image (transparent parts become white), or a tensor (3, H, W), float 0..1 or uint8.
+            picture: a file, a PIL image (transparent parts become white), an array or a tensor; see
+                ``pictures.to_tensor``.
             level: 0 is the finest; None: the tokenizer's own.
             size: pixels to resize to, one side or (H, W); None: the picture's own size. Each side is rounded to a
                 multiple of the level's rate, at least one token.
 
         Raises:
-            MiniCogViewError: if the file is missing or not a picture, the tensor or the size has a wrong shape,
-                or there is no such level.
+            MiniCogViewError: if the picture cannot be read, the size has a wrong shape, or there is no such level.
         """
         vqvae, level = self._picture_half(level)
-        pixels = to_tensor(picture)  # (3, H, W)
+        needed = size if isinstance(size, int | None) else max(size, default=0)
+        pixels = to_tensor(picture, needed)  # (3, H, W)
         pixels = _resize(pixels, _whole_tokens(pixels, size, vqvae.config.rates[level]))
         with torch.no_grad():  # inference_mode would return tensors that cannot be used in training
             return vqvae.encode(pixels[None].to(next(vqvae.parameters())), level)[0]  # (h, w)

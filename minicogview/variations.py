@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from minicogview.colour import alike
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Picture, Pictures, to_image
+from minicogview.pictures import Picture, Pictures, check_pixels, to_image
 from minicogview.pipeline import CogView2
 
 
@@ -36,7 +36,7 @@ def vary(
     """Variations of a picture: a random share of its tokens is drawn anew, a different one for each variation.
 
     Args:
-        text: describes the picture. picture: file, PIL image, tensor (3, H, W), or codes (grid, grid).
+        text: describes the picture. picture: file, PIL image, array, tensor, or codes (grid, grid).
         share: share of the tokens that are drawn anew; the larger it is, the less alike the pictures are.
         n, seed, stages, sampling: as for ``CogView2.generate``.
 
@@ -63,7 +63,7 @@ def outpaint(
     """Continue a picture beyond its edges; its own pixels do not change.
 
     Args:
-        text: describes the whole picture as it should be afterwards. picture: file, PIL image, or tensor (3, H, W).
+        text: describes the whole picture as it should be afterwards. picture: file, PIL image, array or tensor.
         margins: number of pixels to add at (top, left, bottom, right).
         n, seed, stages, sampling: as for ``CogView2.edit``.
 
@@ -74,8 +74,9 @@ def outpaint(
     if min(margins) < 0 or max(margins) == 0:
         raise MiniCogViewError(f"margins are {margins}: give pixels to add at top, left, bottom and right, not only 0")
     image = to_image(picture)
+    check_pixels(image.width + left + right, image.height + top + bottom, "the picture with its margins")
     # The margins repeat the picture's edge pixels, so that they do not disturb the codes of kept cells beside the hole.
     pixels = np.pad(np.array(image), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = torch.ones(pixels.shape[:2], dtype=torch.bool)
     mask[top : top + image.height, left : left + image.width] = False
-    return model.edit(text, Image.fromarray(pixels), mask, n, seed, stages, **sampling)
+    return model.edit(text, alike(pixels, image), mask, n, seed, stages, **sampling)
