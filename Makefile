@@ -7,13 +7,19 @@ WORKERS ?= 2
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
 DEMO_TEXTS := "a red apple" "a picture of a blue heart" "红苹果" "猫脸"
+# Makes PyTorch compute on any x86 processor as on one with AVX2 and without instructions for half precision.
+PLAIN := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+ON_PLAIN := tests/parity $(addprefix tests/test_,attention.py transformer.py coglm.py sampling.py super_resolution.py \
+	upsampling.py pipeline.py cli_train.py) $(wildcard tests/test_scale_*.py tests/test_training_*.py \
+	tests/test_checkpoints_*.py) notebooks/04_coglm.ipynb notebooks/10_from_toy_to_6b.ipynb
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
-.PHONY: help demo test lint types notebooks wheel-check clean
+.PHONY: help demo test test-plain lint types notebooks wheel-check clean
 
 help:
 	@echo "make demo         install into $(VENV) and draw a few pictures into demo/"
 	@echo "make test         install into $(VENV) and run all tests, notebooks included"
+	@echo "make test-plain   the tests that depend on the processor, as on one without bfloat16 instructions"
 	@echo "make lint         ruff"
 	@echo "make types        mypy"
 	@echo "make notebooks    run all notebooks again and keep their outputs"
@@ -45,6 +51,10 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 --doctest-modules $(NBVAL) \
 		$(wildcard notebooks) minicogview tests
+
+test-plain: export OMP_NUM_THREADS = 1
+test-plain: $(VENV)/.dev
+	$(PLAIN) $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(NBVAL) $(ON_PLAIN)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -41,7 +41,7 @@ from minicogview.clusters import Clusters
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig
 from minicogview.sampling import Sampler
-from minicogview.scale.decoding import fast_steps
+from minicogview.scale.fast_steps import fast_steps
 from minicogview.scale.packing import packed
 from minicogview.transformer import MLP, Attention, Transformer
 

@@ -34,7 +34,7 @@ from minicogview.attention import MASKED, attention_bias
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
 from minicogview.pipeline import CogView2
-from minicogview.scale.decoding import packed_head
+from minicogview.scale.fast_steps import packed_head
 from minicogview.scale.graphs import FixedStep
 from minicogview.scale.packing import packed
 from minicogview.transformer import KVCache

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from importing import Memory, disk_speed, forget
 
-from minicogview.checkpoints.loading import load_stages
+from minicogview.checkpoints.models import load_stages
 from minicogview.checkpoints.random_weights import write_random
 from minicogview.clusters import Clusters
 from minicogview.config import SamplingConfig, get_preset
@@ -42,7 +42,7 @@ from minicogview.evaluation.cost import super_resolution_flops
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.sampling import Sampler
-from minicogview.scale.decoding import fast_steps
+from minicogview.scale.fast_steps import fast_steps
 from minicogview.scale.plan import BITS, Formats, Plan, Sizes, choose_formats
 from minicogview.super_resolution import DirectSR
 

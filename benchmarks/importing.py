@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-from minicogview.checkpoints.files import load_weights
 from minicogview.checkpoints.importing import MODELS, import_released
 from minicogview.checkpoints.sat import ours_to_sat
+from minicogview.checkpoints.weight_files import load_weights
 from minicogview.coglm import CogLM
 from minicogview.config import Preset, get_preset
 

@@ -33,7 +33,7 @@ from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SuperR
 from minicogview.local_attention import Impl, local_attention
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.sampling import Sampler
-from minicogview.scale.decoding import fast_steps
+from minicogview.scale.fast_steps import fast_steps
 from minicogview.super_resolution import DirectSR
 
 SIZES = {"toy": (8, 256, 5, 4), "60 x 60, width 256": (20, 256, 6, 4), "60 x 60, width 768": (20, 768, 12, 12)}

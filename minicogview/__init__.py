@@ -9,10 +9,10 @@ is loaded with the first model.
 
 from __future__ import annotations
 
-import os
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from minicogview.scale import threads  # noqa: F401 (before torch is loaded)
 
 if TYPE_CHECKING:
     from minicogview.config import PRESETS, get_preset
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["CogView2", "Pictures", "PRESETS", "get_preset", "MiniCogViewError", "__version__"]
-
-# Idle threads of PyTorch should sleep. By default they wait in a loop, which holds up every other program on the same
-# cores. PyTorch reads this variable when it is loaded, so import minicogview before torch where you can.
-if "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-THREADS_SPIN = "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
 
 _HOME = {
     "CogView2": "pipeline",

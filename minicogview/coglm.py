@@ -75,7 +75,7 @@ class CogLM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config.transformer)
-        # A context inside which decoding steps of this many rows may be computed faster (``scale/decoding.py``).
+        # A context inside which decoding steps of this many rows may be computed faster (``scale/fast_steps.py``).
         self.decoding: Callable[[CogLM, int], AbstractContextManager[None]] = plain_steps
 
     @property

@@ -24,8 +24,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from minicogview.checkpoints.files import load_vqvae
-from minicogview.checkpoints.loading import check_fit, find_folder, load_stages, plan_for, preset_of
+from minicogview.checkpoints.models import check_fit, find_folder, load_stages, plan_for, preset_of
+from minicogview.checkpoints.weight_files import load_vqvae
 from minicogview.clusters import Clusters, clusters_for, load_labels
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig, replace_settings
@@ -33,7 +33,7 @@ from minicogview.editing import CONTEXT, Mask, check_region, crop_box, paste_all
 from minicogview.errors import MiniCogViewError
 from minicogview.pictures import Picture, Pictures, to_image
 from minicogview.sampling import Sampler
-from minicogview.scale.decoding import fast_steps
+from minicogview.scale.fast_steps import fast_steps
 from minicogview.scale.machine import sleeping_threads
 from minicogview.scale.offload import Offload
 from minicogview.scale.plan import Plan

@@ -1,7 +1,7 @@
 """Pack the emoji pictures, their names and the held-out split into `minicogview/data/`.
 
-Input: the unpacked npm packages `@iconify-json/fluent-emoji-flat` (SVG drawings) and `emojibase-data`
-(names and tags of Unicode CLDR). To run it again, in an empty folder:
+Its inputs are two unpacked npm packages: `@iconify-json/fluent-emoji-flat` (SVG drawings) and `emojibase-data`
+(names and tags of Unicode CLDR). To run it again, start in an empty folder, and call this script by its path:
 
     npm pack @iconify-json/fluent-emoji-flat@1.2.6 emojibase-data@17.0.0
     mkdir icons names
@@ -9,7 +9,7 @@ Input: the unpacked npm packages `@iconify-json/fluent-emoji-flat` (SVG drawings
     tar xzf emojibase-data-17.0.0.tgz -C names
     python scripts/make_emoji.py icons/package names/package
 
-The same input gives the same bytes. Python's standard library is enough.
+The same input gives the same bytes. The script needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def read_json(path: Path) -> Any:
 
 
 def normal_key(key: str) -> str:
-    """'1F3F3-FE0F-...' -> '1f3f3-...': the two packages disagree about the variation selector FE0F."""
+    """'1F3F3-FE0F-...' -> '1f3f3-...', because the packages disagree on where the variation selector FE0F belongs."""
     return "-".join(part for part in key.lower().split("-") if part != "fe0f")
 
 
 def read_names(path: Path) -> dict[str, dict[str, Any]]:
-    """key -> label, tags, order, tone (1..5, a pair of them, or None) and the key without a tone."""
+    """Label, tags, order, tone (1..5, a pair of tones, or None) and toneless key of every emoji, by its key."""
     names = {}
     for entry in read_json(path):
         base = normal_key(entry["hexcode"])
@@ -48,20 +48,20 @@ def read_names(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def svg_document(icons: dict[str, Any], icon: str) -> str:
-    """The drawing as a whole, square SVG document; an alias is a copy of its parent, perhaps mirrored."""
+    """A drawing as a complete, square SVG document; an alias is a copy of its parent, sometimes mirrored."""
     alias = icons["aliases"].get(icon, {})
     drawing = icons["icons"][alias.get("parent", icon)]
     width, height = icons["width"], drawing.get("height", icons["height"])
     body = drawing["body"]
     if alias.get("hFlip"):
         body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
-    side = max(width, height)  # two drawings are a little higher than wide
+    side = max(width, height)  # two drawings are a little taller than wide
     corner = f"{(width - side) / 2:g} {(height - side) / 2:g}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{corner} {side} {side}">{body}</svg>'
 
 
 def collect(icons_folder: Path, names_folder: Path) -> list[dict[str, Any]]:
-    """One row for each picture that has both names, in the order of Unicode's own emoji list."""
+    """One row for each picture that has a name in both languages, in the order of Unicode's emoji list."""
     icons = read_json(icons_folder / "icons.json")
     english = read_names(names_folder / "en" / "data.json")
     chinese = read_names(names_folder / "zh" / "data.json")
@@ -72,7 +72,7 @@ def collect(icons_folder: Path, names_folder: Path) -> list[dict[str, Any]]:
             continue
         en, zh = english[key], chinese[key]
         if isinstance(en["tone"], list):
-            raise SystemExit(f"{icon}: a picture with two skin tones, which the split does not know")
+            raise SystemExit(f"{icon}: this picture has two skin tones, and the split handles only one")
         rows.append({
             "key": key, "en": en["label"], "zh": zh["label"], "tags_en": en["tags"], "tags_zh": zh["tags"],
             "character": english[en["base"]]["label"], "tone": TONES[en["tone"] - 1] if en["tone"] else None,
@@ -83,18 +83,18 @@ def collect(icons_folder: Path, names_folder: Path) -> list[dict[str, Any]]:
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    """Every name leads to one picture, and every toned character has a plain one and all five tones."""
+    """Check that each name belongs to one picture, and that a character has no tones, or a plain form and all five."""
     for column in ("key", "en", "zh"):
         values = [row[column].casefold() for row in rows]
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
-            raise SystemExit(f"column {column!r}: the same value for two pictures: {twice}")
+            raise SystemExit(f"column {column!r}: two pictures have the same value: {twice}")
     tones: dict[str, set[str | None]] = {}
     for row in rows:
         tones.setdefault(row["character"], set()).add(row["tone"])
     odd = [name for name, found in tones.items() if found not in ({None}, {None, *TONES})]
     if odd:
-        raise SystemExit(f"characters with some of the tones only: {odd}")
+        raise SystemExit(f"these characters have only some of the tones: {odd}")
 
 
 def evenly(items: list[str], n: int) -> list[str]:
@@ -103,7 +103,7 @@ def evenly(items: list[str], n: int) -> list[str]:
 
 
 def split(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The held-out sets. Every second toned character loses one tone, and the five tones take turns."""
+    """The held-out sets. Every second character with tones gives up one of them, and the five tones take turns."""
     toned = sorted({row["character"] for row in rows if row["tone"]})
     plain = sorted({row["character"] for row in rows} - set(toned))
     combinations = [[character, TONES[i % len(TONES)]] for i, character in enumerate(toned[::2])]

@@ -1,16 +1,18 @@
-"""Make the tokenizer and the CogLM that notebook 04 starts from.
+"""Train the tokenizer and the CogLM that notebook 04 starts from.
 
     OMP_NUM_THREADS=1 python scripts/make_shapes.py [FOLDER]
 
-Writes ``text.model``, ``vqvae.safetensors`` and ``coglm.safetensors`` (half precision) into the package, or into the
-folder given, in about seven minutes of one thread, and prints how exact the pictures are.
+The script writes ``text.model``, ``vqvae.safetensors`` and ``coglm.safetensors`` (half precision) into the package, or
+into FOLDER, and prints how many pictures are exactly right. It takes about seven minutes on one thread.
 
-The tokenizer is made for composition: 16 x 16 pixels become 4 x 4 cells with only 24 codes. There are more kinds of
-cells than codes, so no code can mean "a red circle": a shape takes several codes, and a colour and a shape that CogLM
-never sees together take codes that it knows (necessary for composition, though not sufficient, as the notebook shows).
-So there is no term that makes the encoder local, as there is for the emoji in ``training/vqvae.py``.
-The tokenizer knows no words and learns from all scenes; CogLM never sees a held-out pair of colour and shape.
-Rounding differs between machines, and so does the precision that is chosen: expect similar numbers, not equal ones.
+The tokenizer is designed for composition: 16 x 16 pixels become 4 x 4 cells with only 24 codes. There are more kinds of
+cells than codes, so no code can mean "a red circle". A shape takes several codes, and a colour and a shape that CogLM
+never sees together take codes that it knows. That is necessary for composition, though not sufficient, as the notebook
+shows. For the same reason no loss term has to make the encoder local, as one does for the emoji in
+``training/vqvae.py``. The tokenizer knows no words and learns from all scenes; CogLM never sees a held-out pair of
+colour and shape.
+
+Rounding and the number format that is chosen differ between machines: expect similar numbers, not equal ones.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import minicogview
-from minicogview.checkpoints.files import save_model
+from minicogview.checkpoints.weight_files import save_model
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig, VQVAEConfig
 from minicogview.data import shapes
@@ -41,7 +43,7 @@ from minicogview.vqvae import VQVAE
 PIXELS, GRID, CODES, SEED = 16, 4, 24, 0
 ENGLISH = ["a", *shapes.COLOURS, *shapes.SHAPES, *shapes.SIZES, "above", "below", "left", "right", "of", "to", "the"]
 CHINESE = [*shapes.CHINESE.values(), "在"]
-N_PIECES = 404  # bytes, letters and signs, and one piece for each of the words above
+N_PIECES = 404  # bytes, letters and punctuation, and one piece for each of the words above
 
 VQVAE_CONFIG = VQVAEConfig(
     channels=16,
@@ -55,7 +57,7 @@ VQVAE_CONFIG = VQVAEConfig(
 )
 LAYOUT = LayoutConfig(max_text=20, grid=GRID, n_patches=2, patch_size=2)
 QUIET = RunOptions(progress=False)
-# First much noise and a large weight on text, then other scenes with little noise: (recipe, steps, lr, seed).
+# First much noise and a large weight on text, then new scenes with little noise: (recipe, steps, lr, seed).
 ROUNDS = (
     (CogLMRecipe(max_noise=0.1, lookalike=0.2, n_neighbours=4), 2500, 3e-3, 2),
     (CogLMRecipe(max_noise=0.05, lookalike=0.2, n_neighbours=4, spread=0.0, text_weight=1.0), 3000, 2e-3, 4),
@@ -63,19 +65,19 @@ ROUNDS = (
 
 
 def scenes(n: int, seed: int, heldout_share: float = 0.0) -> list[shapes.Scene]:
-    """Random scenes; the given share of them has a held-out pair."""
+    """``n`` random scenes; ``heldout_share`` of them contain a held-out pair of colour and shape."""
     rng = random.Random(seed)
     return [shapes.random_scene(rng, rng.random() < heldout_share) for _ in range(n)]
 
 
 def pictures(some: list[shapes.Scene]) -> Tensor:
-    """(N, 3, 16, 16) in 0..1."""
+    """The scenes as pictures (N, 3, 16, 16) in 0..1."""
     drawn = torch.from_numpy(np.stack([shapes.draw(scene, PIXELS) for scene in some]))
     return rearrange(drawn, "n h w c -> n c h w").float() / 255
 
 
 class TokenizerObjective:
-    """Reconstruction and commitment, and a codebook that follows the encoder; no term for local codes."""
+    """Trains with a reconstruction and a commitment loss; the codebook follows the encoder. See ``training.fit``."""
 
     calls_parts = True
 
@@ -86,11 +88,11 @@ class TokenizerObjective:
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def batch(self, step: int, size: int) -> Tensor:
-        """``size`` pictures that depend on the step alone."""
+        """``size`` pictures, which depend on the step alone."""
         return self.data[torch.randint(len(self.data), (size,), generator=self._generator(step))]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the step's own batch; before the codebook is placed, nothing is quantized."""
+        """The loss of this step's batch, and nothing to log. During the warm-up, vectors are not quantized."""
         if step == self.warm_up:
             with torch.no_grad():
                 self.learner.place(self._vectors(self.batch(step, 512))[1], self._generator(step))
@@ -104,14 +106,14 @@ class TokenizerObjective:
         return reconstruction(output, self.model.normalise(batch)) + COMMITMENT * commitment, {}
 
     def after_step(self, step: int) -> None:
-        """Move the codebook; before ``revive_until``, unused rows are moved to where they are needed."""
+        """Update the codebook; until step ``revive_until``, also move unused rows to where they are needed."""
         if self._seen is not None:
             self.learner.update(*self._seen)
             if step < self.revive_until and step % 10 == 0:
                 self.learner.revive(self._seen[1], self._generator(step))
 
     def _vectors(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What is quantized, (B, C, h, w), and the same as a list of vectors (B * h * w, C)."""
+        """The encoder's output, before quantization: as a grid (B, C, h, w) and as vectors (B * h * w, C)."""
         z = self.model.quantizer.project(self.model.features(batch, 0))
         return z, rearrange(z, "b c h w -> (b h w) c")
 
@@ -121,13 +123,13 @@ class TokenizerObjective:
 
 @torch.no_grad()
 def exact(vqvae: VQVAE, codes: Tensor, some: list[shapes.Scene]) -> float:
-    """Share of pictures, given as codes (N, h, w), that show all of their scenes."""
+    """The share of codes (N, h, w) whose decoded pictures show everything in their scenes."""
     drawn = rearrange((vqvae.decode(codes, 0).clamp(0, 1) * 255).round().byte(), "n c h w -> n h w c").numpy()
     return float(np.mean([all(shapes.check(one, scene).values()) for one, scene in zip(drawn, some, strict=True)]))
 
 
 def train_vqvae(steps: int) -> VQVAE:
-    """The picture tokenizer, in eval mode."""
+    """Train the picture tokenizer; it is returned in eval mode."""
     torch.manual_seed(SEED)
     model = VQVAE(VQVAE_CONFIG)
     objective = TokenizerObjective(model, pictures(scenes(4000, 1, heldout_share=0.2)), steps)
@@ -138,7 +140,7 @@ def train_vqvae(steps: int) -> VQVAE:
 
 
 def new_coglm(vqvae: VQVAE, tokenizer: Tokenizer) -> CogLM:
-    """An untrained CogLM of 0.66 million parameters."""
+    """An untrained CogLM with 0.66 million parameters."""
     torch.manual_seed(SEED)
     sizes = TransformerConfig(
         n_layers=3,
@@ -156,7 +158,7 @@ def new_coglm(vqvae: VQVAE, tokenizer: Tokenizer) -> CogLM:
 
 
 def train_round(model: CogLM, tokenizer: Tokenizer, recipe: CogLMRecipe, steps: int, lr: float, seed: int) -> None:
-    """Train on 4,000 scenes from this seed; the model ends with the averaged weights, in eval mode."""
+    """Train on 4,000 scenes from this seed; afterwards the model has the averaged weights and is in eval mode."""
     some, vqvae = scenes(4000, seed), tokenizer.vqvae
     assert vqvae is not None
     with torch.no_grad():
@@ -173,12 +175,12 @@ def train_round(model: CogLM, tokenizer: Tokenizer, recipe: CogLMRecipe, steps: 
 
 
 def round_off(model: nn.Module) -> None:
-    """Round all weights to half precision, in which they are stored."""
+    """Round all weights to half precision, the format in which they are stored."""
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
 
 
 def drawn_exactly(model: CogLM, tokenizer: Tokenizer, some: list[shapes.Scene]) -> float:
-    """Share of scenes that the model draws exactly from their English captions, greedily."""
+    """The share of scenes that the model draws exactly, by greedy sampling from their English captions."""
     texts = [tokenizer.encode(shapes.caption(scene, "en")) for scene in some]
     codes = model.generate(texts, lambda logits, step: logits.argmax(-1)).tokens
     assert tokenizer.vqvae is not None
@@ -186,7 +188,7 @@ def drawn_exactly(model: CogLM, tokenizer: Tokenizer, some: list[shapes.Scene]) 
 
 
 def main(folder: Path, vqvae_steps: int = 4000) -> None:
-    """Make all three files and print how good they are."""
+    """Train the models, write all three files to ``folder`` and print how good they are."""
     folder.mkdir(parents=True, exist_ok=True)
     train_text_tokenizer((ENGLISH + CHINESE) * 8, folder / "text.model", N_PIECES, whole=CHINESE)
     vqvae = train_vqvae(vqvae_steps)

@@ -1,8 +1,8 @@
-"""Run every notebook from top to bottom and print how long it took: the README's table.
+"""Run every notebook from top to bottom and print how long each one took, for the README's table.
 
     OMP_NUM_THREADS=1 python scripts/notebook_times.py
 
-The notebooks on disk stay as they are. Seconds are wall clock; CPU seconds are those of the kernel and its children.
+The notebooks on disk are not changed. Seconds are wall-clock time; CPU seconds include all processes of a run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def run(path: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of one run, the kernel's start included; raises CalledProcessError if a cell fails."""
+    """Wall-clock and CPU seconds of one run, with the start of the kernel.
+
+    Raises:
+        CalledProcessError: if a cell fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         before, start = os.times(), time.monotonic()
         subprocess.run(

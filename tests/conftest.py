@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+collect_ignore = ["no_triton"]  # looking for doctests there would import it, and hide Triton from all other tests
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make property tests repeatable: the same examples in every run, and no time limit for a single one."""

@@ -18,9 +18,9 @@ from tiny import SHIPPED, TINY
 from torch import Tensor, nn
 
 from minicogview.checkpoints import importing, shards
-from minicogview.checkpoints.files import load_coglm, load_direct, load_iterative
 from minicogview.checkpoints.importing import MODELS, import_released
 from minicogview.checkpoints.sat import SatFolder, ours_to_sat
+from minicogview.checkpoints.weight_files import load_coglm, load_direct, load_iterative
 from minicogview.cli.doctor import doctor
 from minicogview.cli.main import main
 from minicogview.coglm import CogLM
@@ -182,7 +182,7 @@ def test_the_whole_system_loads_and_draws(release: Path, tmp_path: Path) -> None
     np.save(release / "cluster_label.npy", labels)
     shutil.copyfile(SHIPPED / "text.model", release / "ice_text.model")
     import_released(release, target, TINY)
-    from minicogview.checkpoints.files import save_model
+    from minicogview.checkpoints.weight_files import save_model
     from minicogview.vqvae import VQVAE
 
     torch.manual_seed(3)
@@ -287,23 +287,23 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_doctor_says_what_is_there_and_what_is_missing(release: Path, tmp_path: Path) -> None:
     said = "\n".join(doctor(release, TINY))
-    assert re.search(r"stage one \(CogLM\) +0\.0 GB, 1 rank: names and shapes are right", said)
+    assert re.search(r"CogLM \(first stage\) +0\.0 GB, 1 rank: names and shapes are right", said)
     assert "ice_image.pt is missing: without it tokens cannot be shown" in said
     assert f"next: minicogview import {release} FOLDER" in said
     (release / "cogview2-itersr" / "latest").unlink()
-    assert re.search(r"iterative super-resolution +UNUSABLE: .*latest is missing", "\n".join(doctor(release, TINY)))
+    assert re.search(r"iterative stage +UNUSABLE: .*latest is missing", "\n".join(doctor(release, TINY)))
 
     shutil.rmtree(release / "cogview2-itersr")
     import_released(release, tmp_path / "out", TINY, limit=2_000)
     lines = doctor(tmp_path / "out", TINY, verify=True)
     said = "\n".join(lines)
-    assert re.search(r"stage one \(CogLM\) +0\.0 GB in \d+ files, checksums are right", said)
+    assert re.search(r"CogLM \(first stage\) +0\.0 GB in \d+ files, checksums are right", said)
     assert "iterative.safetensors is missing: without it pictures stay as the direct stage made them" in said
     assert re.search(r"--memory 6GB +all weights in memory.*a picture takes at least 0 s in the first stage", said)
     file = sorted((tmp_path / "out").glob("direct-*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     said = "\n".join(doctor(tmp_path / "out", TINY, verify=True))
-    assert re.search(r"direct super-resolution +UNUSABLE: .* altered or damaged", said)
+    assert re.search(r"direct stage +UNUSABLE: .* altered or damaged", said)
 
 
 def test_the_doctor_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

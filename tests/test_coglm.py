@@ -16,7 +16,7 @@ from minicogview.coglm import Batch, CogLM, collate
 from minicogview.config import CogLMConfig, LayoutConfig, SamplingConfig, SpecialIds, TransformerConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.sampling import Sampler
-from minicogview.scale.decoding import fast_steps
+from minicogview.scale.fast_steps import fast_steps
 
 LAYOUT = LayoutConfig(max_text=8, grid=4, n_patches=2, patch_size=2)
 IDS = SpecialIds(pad=33, boi=60, boe=61, boc=62)

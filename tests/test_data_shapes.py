@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from minicogview.checkpoints.files import load_coglm, load_vqvae
+from minicogview.checkpoints.weight_files import load_coglm, load_vqvae
 from minicogview.coglm import CogLM
 from minicogview.data.shapes import (
     COLOURS,

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,22 +16,41 @@ from minicogview.kernels.available import why_no_triton
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
 
+HIDES_TRITON = Path(__file__).parent / "no_triton"
 WITHOUT_TRITON = """
-import sys
-sys.modules["triton"] = None  # from here on, importing it is an error
+import importlib.util
+
 import torch
-from minicogview import local_attention
+from torch import nn
+
+from minicogview.errors import MiniCogViewError
 from minicogview.kernels.available import why_no_triton
-from minicogview.scale import quantization
-x = torch.zeros(1, 4, 1, 16)
-print(local_attention.choose_impl("auto", x), quantization.fused_product(x[0, :, 0]), why_no_triton(x, "x"))
+from minicogview.local_attention import choose_impl, local_attention
+from minicogview.scale.quantization import dequantize, fused_product, quantize, quantize_layers
+
+assert importlib.util.find_spec("triton") is None
+q, k, v = torch.randn(3, 1, 16, 2, 16)
+assert choose_impl("auto", q) == "blocked"
+assert torch.allclose(*(local_attention(q, k, v, (4, 4), impl=impl) for impl in ("auto", "reference")), atol=1e-5)
+try:
+    local_attention(q, k, v, (4, 4), impl="triton")
+except MiniCogViewError as error:
+    print(error)
+x, model = torch.randn(3, 128), nn.Sequential(nn.Linear(128, 16))
+expected = nn.functional.linear(x, dequantize(quantize(model[0].weight, 4)), model[0].bias)
+quantize_layers(model, 4)
+assert not fused_product(x) and torch.allclose(model(x), expected, atol=1e-5)
+print(why_no_triton(x, "x"))
 """
 
 
 def test_the_package_works_without_triton() -> None:
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=os.environ, capture_output=True, text=True)
+    folders = os.pathsep.join([str(HIDES_TRITON), os.environ.get("PYTHONPATH", "")])
+    command, env = [sys.executable, "-c", WITHOUT_TRITON], {**os.environ, "PYTHONPATH": folders}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "blocked False Triton is not installed: pip install triton (Linux only)\n"
+    reason = "Triton is not installed: pip install triton (Linux only)\n"
+    assert ended.stdout == f"local_attention: impl='triton' cannot run: {reason}{reason}"
 
 
 def test_asking_does_not_import_triton() -> None:

@@ -18,7 +18,7 @@ from tiny import TINY, write_tiny
 import minicogview
 from minicogview import masking, pipeline
 from minicogview.attention import attention_bias
-from minicogview.checkpoints.files import save_model
+from minicogview.checkpoints.weight_files import save_model
 from minicogview.config import PRESETS
 from minicogview.errors import MiniCogViewError
 from minicogview.pipeline import CogView2
@@ -206,7 +206,7 @@ def test_sizes_name_the_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_presets_without_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("small", "cogview2"):
-        with pytest.raises(MiniCogViewError, match=f"no weights ship with the preset '{name}': give the folder"):
+        with pytest.raises(MiniCogViewError, match=f"no weights ship with the preset '{name}': give a folder"):
             CogView2.from_pretrained(name)
     with pytest.raises(MiniCogViewError, match="'toyy' is neither a preset"):
         CogView2.from_pretrained("toyy")
@@ -214,7 +214,7 @@ def test_presets_without_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, 
         CogView2.from_pretrained(folder, "toyy")
     shutil.copytree(folder, tmp_path / "tiny")
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setattr("minicogview.checkpoints.loading.SHIPPED", tmp_path)
+    monkeypatch.setattr("minicogview.checkpoints.models.SHIPPED", tmp_path)
     assert CogView2.from_pretrained("tiny").size == 12
 
 

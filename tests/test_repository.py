@@ -148,7 +148,7 @@ def test_triton_is_asked_for_on_linux_only() -> None:
 
 def test_makefile_has_the_promised_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ["demo", "test", "lint", "types", "notebooks", "wheel-check"]:
+    for target in ["demo", "test", "test-plain", "lint", "types", "notebooks", "wheel-check"]:
         assert re.search(rf"^{target}: \$\(VENV\)/\.(plain|dev)$", makefile, re.MULTILINE), target
 
 
@@ -226,6 +226,13 @@ def test_readme_names_every_notebook() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for notebook in ROOT.glob("notebooks/[0-9]*.ipynb"):
         assert f"notebooks/{notebook.name}" in readme
+
+
+def test_readme_has_every_module_in_its_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("## Files")[1].split("```")[1]
+    modules = {p.name for folder in (PACKAGE, ROOT / "kernels") for p in folder.rglob("[a-z]*.py")}
+    assert modules <= set(re.findall(r"\w+\.py", tree)), "a module is missing in the README's tree"
 
 
 def test_links_between_files_lead_somewhere() -> None:

@@ -91,7 +91,7 @@ def test_idle_threads_do_not_wait_in_a_loop(first: str) -> None:
     program = f"""
 import {first}, time, torch
 from minicogview import CogView2
-import minicogview
+from minicogview.scale import threads
 
 model = CogView2.from_pretrained("toy")
 inside = []
@@ -99,7 +99,7 @@ torch.set_num_threads(2)
 model.coglm.transformer.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
 model.upsampler.direct.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
 model.generate("a red apple", n=1)
-print(minicogview.THREADS_SPIN, set(inside[:-1]), inside[-1], torch.get_num_threads())
+print(threads.SPIN, set(inside[:-1]), inside[-1], torch.get_num_threads())
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

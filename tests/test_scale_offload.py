@@ -11,7 +11,7 @@ from test_upsampling import write_stages
 from tiny import ENLARGED
 from torch import nn
 
-from minicogview.checkpoints.files import load_direct, load_iterative, save_direct
+from minicogview.checkpoints.weight_files import load_direct, load_iterative, save_direct
 from minicogview.cli.main import main
 from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.judge import Judge

@@ -176,10 +176,10 @@ def test_models_that_cannot_be_split_stay_whole() -> None:
     two: Any = SimpleNamespace(size=lambda: 2)
     with torch.device("meta"), pytest.raises(MiniCogViewError, match="layers without weights cannot be split"):
         shard(Transformer(TransformerConfig(n_layers=1, d_model=32, n_heads=4, vocab_size=64)), two)
-    quantised = Transformer(TransformerConfig(n_layers=1, d_model=64, n_heads=4, vocab_size=64))
-    quantize_layers(quantised, bits=4)
-    with pytest.raises(MiniCogViewError, match="quantised layers cannot be split"):
-        shard(quantised, two)
+    quantized = Transformer(TransformerConfig(n_layers=1, d_model=64, n_heads=4, vocab_size=64))
+    quantize_layers(quantized, bits=4)
+    with pytest.raises(MiniCogViewError, match="quantized layers cannot be split"):
+        shard(quantized, two)
 
 
 def test_stages_that_come_from_the_disk_are_refused() -> None:

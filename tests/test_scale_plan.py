@@ -10,9 +10,9 @@ import torch
 from tiny import ENLARGED
 from torch import nn
 
-from minicogview.checkpoints.files import load_config
-from minicogview.checkpoints.loading import SHIPPED, load_stages, plan_for
+from minicogview.checkpoints.models import SHIPPED, load_stages, plan_for
 from minicogview.checkpoints.random_weights import models, write_random
+from minicogview.checkpoints.weight_files import load_config
 from minicogview.cli.main import main
 from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError
@@ -65,7 +65,7 @@ def test_what_the_6b_model_does_in_so_much_memory(
     assert ((plan.coglm, plan.direct, plan.iterative), plan.one_by_one) == (ways, one_by_one)
     assert 0 < plan.needed <= gigabytes * 1e9
     more = bytes_of((*ways, one_by_one), sizes(device == "cpu"), formats, plan.batch or 1)
-    assert more <= gigabytes * 1e9  # so many pictures side by side fit as well
+    assert more <= gigabytes * 1e9  # that many pictures side by side fit as well
     assert f"{plan.needed / 1e9:.1f} GB" in str(plan) and device in str(plan)
 
 
@@ -158,7 +158,7 @@ def test_four_bits_still_know_an_apple(reference: torch.Tensor) -> None:
     assert scores.argmax() == 0
     base = load_stages(TOY, Plan()).coglm.transformer
     direct = model.upsampler and model.upsampler.direct
-    assert direct and isinstance(direct.base.layers[0].attention.qkv, nn.Linear)  # its own, and not CogLM's in few bits
+    assert direct and isinstance(direct.base.layers[0].attention.qkv, nn.Linear)  # its own, not CogLM's
     assert direct.base.token_embedding.weight.data_ptr() == model.coglm.transformer.token_embedding.weight.data_ptr()
     assert direct.base.layers[0].mlp.up.weight.shape == base.layers[0].mlp.up.weight.shape
 
@@ -166,7 +166,7 @@ def test_four_bits_still_know_an_apple(reference: torch.Tensor) -> None:
 def test_stages_in_few_bits_wait_in_memory_and_come_back() -> None:
     model, whole = toy(coglm="int8", direct="int8", iterative="int8", one_by_one=True), toy(coglm="int8", direct="int8")
     offload, read = model.offload, list[str]()
-    assert offload is not None and offload.stands_on == {}  # the direct stage has a base of its own, in few bits
+    assert offload is not None and offload.stands_on == {}  # the direct stage has a quantized base of its own
     for name, bring in offload.bring.items():
         offload.bring[name] = lambda name=name, bring=bring: (read.append(name), bring())
     for _ in range(2):

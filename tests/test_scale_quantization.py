@@ -1,4 +1,4 @@
-"""Weights in few bits: codes and their errors, products on a CPU, and the Triton kernel, also compiled for a GPU."""
+"""8-bit and 4-bit weights: codes and errors, products on a CPU, and the Triton kernel, also compiled for a GPU."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def test_nothing_is_changed_in_place(bits: int, dtype: torch.dtype) -> None:
 
 
 @BITS
-def test_views_and_parameters_are_quantised_as_well(bits: int) -> None:
+def test_views_and_parameters_are_quantized_as_well(bits: int) -> None:
     weight = nn.Parameter(normal(64, 8))
     q, wanted = quantize(weight.T, bits), quantize(weight.T.detach().contiguous(), bits)
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(q, wanted))
 
 
-def test_what_cannot_be_quantised_is_said() -> None:
+def test_what_cannot_be_quantized_is_said() -> None:
     for bits in (2, 16):
         with pytest.raises(MiniCogViewError, match=rf"^{bits} bits: weights are kept in 4 or 8 bits$"):
             quantize(torch.zeros(2, 64), bits)
@@ -168,7 +168,7 @@ def test_nothing_has_no_error() -> None:
 
 
 @BITS
-def test_a_quantised_layer_is_the_dequantised_product(bits: int) -> None:
+def test_a_quantized_layer_is_the_dequantized_product(bits: int) -> None:
     q, bias, x = quantize(normal(40, 128), bits), normal(40), normal(2, 3, 128)
     y = QuantizedLinear(q, bias)(x)
     assert y.shape == (2, 3, 40)
@@ -180,7 +180,7 @@ def test_a_quantised_layer_is_the_dequantised_product(bits: int) -> None:
 @BITS
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 40)])
 def test_pytorchs_product_with_four_bits(bits: int, shape: tuple[int, int]) -> None:
-    """Eight bits as two halves, too: against the dequantised product in float64."""
+    """Eight bits as two halves, too: against the dequantized product in float64."""
     weight, bias = normal(48, 256).bfloat16(), normal(48).bfloat16()
     q, x = quantize(weight, bits), normal(*shape, 256, seed=1).bfloat16()
     exact = F.linear(x.double(), dequantize(q, torch.float64), bias.double())
@@ -217,7 +217,7 @@ def test_all_linear_layers_are_replaced_and_reported(bits: int, dtype: torch.dty
     assert (out - wanted).norm() / wanted.norm() < (0.4 if bits == 4 else 0.04)
 
 
-def test_layers_that_pytorchs_product_refuses_are_dequantised() -> None:
+def test_layers_that_pytorchs_product_refuses_are_dequantized() -> None:
     model = nn.Sequential(nn.Linear(64, 24)).bfloat16()  # it takes outputs by 16
     quantize_layers(model, 4)
     assert type(model[0]) is QuantizedLinear and model(torch.ones(1, 64).bfloat16()).shape == (1, 24)

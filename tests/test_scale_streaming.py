@@ -12,8 +12,8 @@ from test_checkpoints_importing import write_release
 from tiny import TINY
 from torch import nn
 
-from minicogview.checkpoints.files import load_coglm, load_direct, load_iterative
 from minicogview.checkpoints.importing import import_released
+from minicogview.checkpoints.weight_files import load_coglm, load_direct, load_iterative
 from minicogview.coglm import CogLM
 from minicogview.lopar import IterativeSR
 from minicogview.scale.streaming import Stream, forget_pages, mapped_from_files, stream_layers
@@ -71,7 +71,7 @@ def test_the_same_numbers_from_the_disk(folder: Path) -> None:
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from minicogview.checkpoints.files import load_iterative
+from minicogview.checkpoints.weight_files import load_iterative
 from minicogview.scale.streaming import stream_layers
 
 model = load_iterative(sys.argv[1], dtype=None)
@@ -88,7 +88,7 @@ def test_streaming_holds_few_layers(tmp_path: Path) -> None:
     """After a pass, a model of 12 layers of 9 MB is in memory as a whole, and with streaming hardly any of it."""
     from dataclasses import replace
 
-    from minicogview.checkpoints.files import save_model
+    from minicogview.checkpoints.weight_files import save_model
 
     config = replace(
         TINY.iterative, coglm=replace(TINY.coglm, transformer=replace(TINY.coglm.transformer, n_layers=12, d_model=608))

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from minicogview.errors import MiniCogViewError
 from minicogview.sampling import Sampler
-from minicogview.scale.decoding import fast_steps
+from minicogview.scale.fast_steps import fast_steps
 from minicogview.training import RunOptions, Settings, fit
 from minicogview.training.vqvae import TokenizerObjective
 from minicogview.vqvae import VQVAE

@@ -19,7 +19,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.scale import machine
 from minicogview.training.loop import RunOptions, fit
 from minicogview.training.optimizers import learning_rate, make_optimizers
-from minicogview.training.resume import EMA, Settings
+from minicogview.training.state import EMA, Settings
 
 SETTINGS = Settings(steps=40, lr=1e-2, warmup=5)
 OPTIONS = RunOptions(log_every=4, save_every=5, progress=False, device="cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_super_resolution import CODES, tiny_config
 
-from minicogview.checkpoints.files import load_direct, load_iterative, save_direct, save_model
+from minicogview.checkpoints.weight_files import load_direct, load_iterative, save_direct, save_model
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR
 from minicogview.super_resolution import DirectSR, Slots

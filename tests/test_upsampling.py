@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import ENLARGED, TINY, write_tiny
 
-from minicogview.checkpoints.files import save_direct, save_model
+from minicogview.checkpoints.weight_files import save_direct, save_model
 from minicogview.config import Preset
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import OFFICIAL, IterativeSR

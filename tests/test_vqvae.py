@@ -11,7 +11,7 @@ from einops import rearrange, reduce, repeat
 from tiny import keep_emoji
 from torch import Tensor
 
-from minicogview.checkpoints.files import load_vqvae
+from minicogview.checkpoints.weight_files import load_vqvae
 from minicogview.config import VQVAEConfig, get_preset
 from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.errors import MiniCogViewError

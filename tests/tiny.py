@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import minicogview
-from minicogview.checkpoints.files import save_model
+from minicogview.checkpoints.weight_files import save_model
 from minicogview.coglm import CogLM
 from minicogview.config import LayoutConfig, SamplingConfig, VQVAEConfig, make_preset
 from minicogview.data import emoji

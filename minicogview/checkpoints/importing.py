@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minicogview.checkpoints.files import FILES, save_model, sharing_facts
 from minicogview.checkpoints.sat import SatFolder, open_torch_file, sat_config, sat_to_ours
 from minicogview.checkpoints.shards import LIMIT, OnStep, free_room, n_bytes, write_shards
+from minicogview.checkpoints.weight_files import FILES, save_model, sharing_facts
 from minicogview.clusters import load_labels
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, Preset, to_json

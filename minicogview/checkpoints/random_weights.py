@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minicogview.checkpoints.files import FILES, has_weights, save_model, sharing_facts
 from minicogview.checkpoints.shards import OnStep, free_room, n_bytes, write_shards
+from minicogview.checkpoints.weight_files import FILES, has_weights, save_model, sharing_facts
 from minicogview.coglm import CogLM
 from minicogview.config import Preset, to_json
 from minicogview.errors import MiniCogViewError

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from minicogview.checkpoints.files import has_weights, identity, load_config, load_weights, open_weights
-from minicogview.checkpoints.importing import MODELS, PICTURES, TEXT, check_source, find_parts
-from minicogview.checkpoints.loading import find_folder
+from minicogview.checkpoints.importing import MODELS, RELEASED, check_source, find_parts
+from minicogview.checkpoints.models import find_folder
 from minicogview.checkpoints.sat import SatFolder, open_torch_file
 from minicogview.checkpoints.shards import INDEX, Shards
+from minicogview.checkpoints.weight_files import FILES, has_weights, identity, load_config, load_weights, open_weights
 from minicogview.config import PRESETS, Preset, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.cost import costs
@@ -31,9 +31,9 @@ from minicogview.scale.machine import bfloat16_pays, cpu_speeds, free_memory
 from minicogview.scale.plan import BITS, Plan, Sizes, choose_formats, choose_plan, parse_memory
 
 NAMES = {
-    "coglm": "stage one (CogLM)",
-    "direct": "direct super-resolution",
-    "iterative": "iterative super-resolution",
+    "coglm": "CogLM (first stage)",
+    "direct": "direct stage",
+    "iterative": "iterative stage",
     "vqvae": "picture tokenizer",
     "text": "text tokenizer",
     "labels": "cluster labels",
@@ -46,15 +46,14 @@ WITHOUT = {
     "text": "texts cannot be read",
     "labels": "clusters are made by k-means instead",
 }
-FILES = {"text": "text.model", "labels": "cluster_label.npy"}
 
 
 def doctor(source: str | Path, preset: Preset | None = None, verify: bool = False) -> list[str]:
-    """Lines of text about a folder of weights, the release's or our own.
+    """A report about a folder of weights, of the release or of this package, as lines of text.
 
     Args:
-        preset: sizes to expect; None: those that are found, or the release's.
-        verify: compare every file with its checksum too, which reads all of them.
+        preset: sizes to expect; None: the sizes that are found, or those of the release.
+        verify: also compare every file with its checksum, which reads all of them.
 
     Raises:
         MiniCogViewError: if there is no such folder.
@@ -67,12 +66,11 @@ def doctor(source: str | Path, preset: Preset | None = None, verify: bool = Fals
 
 
 def released(folder: Path, preset: Preset) -> list[str]:
-    """What of the release a folder has, and whether it is what its names say."""
+    """Which files of the release a folder has, and whether each holds what its name says."""
     lines, parts, ready = [f"{folder}: files of the release, to be imported"], find_parts(folder), 0
     for name, title in NAMES.items():
         if name not in parts:
-            where = MODELS.get(name) or {"vqvae": PICTURES, "text": TEXT, "labels": FILES["labels"]}[name]
-            lines.append(line(title, f"{where} is missing: without it {WITHOUT[name]}"))
+            lines.append(line(title, f"{RELEASED[name]} is missing: without it {WITHOUT[name]}"))
             continue
         try:
             if name in MODELS:
@@ -95,10 +93,10 @@ def released(folder: Path, preset: Preset) -> list[str]:
 
 
 def imported(folder: Path, verify: bool) -> tuple[list[str], Preset | None]:
-    """What a folder of our own has, and the preset whose sizes it has."""
+    """What a folder of this package's own files has, and the preset whose sizes these are."""
     lines, preset = [f"{folder}: weights of this package"], None
     for name, title in NAMES.items():
-        path = folder / FILES.get(name, f"{name}.safetensors")
+        path = folder / FILES[name]
         if not has_weights(path):
             lines.append(line(title, f"{path.name} is missing: without it {WITHOUT[name]}"))
             continue
@@ -115,9 +113,9 @@ def imported(folder: Path, verify: bool) -> tuple[list[str], Preset | None]:
 
 
 def check_weights(path: Path, name: str, verify: bool) -> str:
-    """Size of a file or of several; an error if something is wrong with them."""
+    """The size of a weight file, or of several with an index; an error if something is wrong with them."""
     index = path.with_suffix(INDEX)
-    if name in FILES:
+    if name in ("text", "labels"):
         return f"{path.stat().st_size / 1e6:.2f} MB"
     if not index.is_file():
         load_weights(path, name, dtype=None)

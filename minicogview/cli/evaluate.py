@@ -143,7 +143,7 @@ def tokenizer(
         json: print n, psnr (dB), ssim, perplexity and more as JSON.
     """
     folder = source.folder()
-    from minicogview.checkpoints.files import load_vqvae
+    from minicogview.checkpoints.weight_files import load_vqvae
     from minicogview.evaluation.metrics import tokenizer_psnr
 
     return show(tokenizer_psnr(load_vqvae(folder / "vqvae.safetensors"), size, split, level), json)

@@ -58,13 +58,7 @@ def generate(
         guidance: scale of classifier-free guidance, 1 for none; the preset's if not given.
         style: for the released weights: mainbody, photo, flat, comics, oil, sketch, isometric, chinese or watercolor.
     """
-    if not texts:
-        raise MiniCogViewError('no text was given: write for example minicogview generate "a red apple"')
-    if scale is not None and scale < 1:
-        raise MiniCogViewError(f"--scale is {scale}: use 1 (as drawn) or more")
-    drawing.check()
-    if keep is not None and not 1 <= keep <= drawing.n:
-        raise MiniCogViewError(f"--keep is {keep}: keep 1 to {drawing.n} (--n) of the pictures")
+    check(texts, keep, scale, drawing)
     options = {"top_k": top_k, "guidance": guidance}
     sampling = drawing.sampling() | {name: value for name, value in options.items() if value is not None}
     model = source.load()
@@ -93,11 +87,19 @@ def generate(
         sheet = drawing.out / "contact_sheet.png"
         save(contact_sheet(rows, scale or 1), sheet)
         reports = [{**report, "sheet": str(sheet)} if "files" in report else report for report in reports]
-    if drawing.json:
-        print_json(reports)
-    else:
-        print_reports(reports)
+    print_json(reports) if drawing.json else print_reports(reports)
     return 2 if len(rows) < len(texts) else 0
+
+
+def check(texts: Sequence[str], keep: int | None, scale: int | None, drawing: DrawingOptions) -> None:
+    """Raise MiniCogViewError for what can be known to be wrong before weights are loaded."""
+    if not texts:
+        raise MiniCogViewError('no text was given: write for example minicogview generate "a red apple"')
+    if scale is not None and scale < 1:
+        raise MiniCogViewError(f"--scale is {scale}: use 1 (as drawn) or more")
+    drawing.check()
+    if keep is not None and not 1 <= keep <= drawing.n:
+        raise MiniCogViewError(f"--keep is {keep}: keep 1 to {drawing.n} (--n) of the pictures")
 
 
 def draw(model: CogView2, text: str, keep: int | None, drawing: DrawingOptions, sampling: dict[str, float]) -> Pictures:

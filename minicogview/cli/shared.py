@@ -59,7 +59,7 @@ class WeightsOptions:
     def load(self) -> CogView2:
         """The whole system. Prints on stderr how it will run, unless it is small and no memory budget was given."""
         folder = self.folder()
-        from minicogview.checkpoints.loading import plan_for
+        from minicogview.checkpoints.models import plan_for
         from minicogview.pipeline import CogView2
         from minicogview.scale.plan import SMALL
 
@@ -75,7 +75,7 @@ class WeightsOptions:
             get_preset(self.preset)  # a wrong name is reported before torch is loaded
         if self.weights == Path(RANDOM):
             return random_weights(self.preset or "toy")
-        from minicogview.checkpoints.loading import find_folder
+        from minicogview.checkpoints.models import find_folder
 
         return find_folder(self.weights or self.preset or "toy")
 

@@ -136,7 +136,7 @@ class StageOptions:
 
     def source(self) -> Path:
         """The folder of the weights to build on."""
-        from minicogview.checkpoints.loading import find_folder
+        from minicogview.checkpoints.models import find_folder
 
         return find_folder(self.weights or self.preset)
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import minicogview
 from minicogview.errors import MiniCogViewError
+from minicogview.scale import threads
 
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells how much memory a container may have
 SMALL = 10**8  # weights: with fewer, a step is too short to be shared among threads
@@ -128,10 +128,10 @@ def one_thread() -> Iterator[None]:
 def sleeping_threads(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which no thread waits in a loop while a small model works.
 
-    If PyTorch was loaded before this package, its idle threads do wait so (see ``minicogview/__init__.py``), and the
+    If PyTorch was loaded before this package, its idle threads do wait so (``threads.py``), and the
     only remedy is to do without them.
     """
-    return one_thread() if minicogview.THREADS_SPIN and is_small(model) else nullcontext()
+    return one_thread() if threads.SPIN and is_small(model) else nullcontext()
 
 
 # --- memory

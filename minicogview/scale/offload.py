@@ -1,9 +1,10 @@
-"""One stage's weights at a time in memory: those of the others wait in their files.
+"""Only one stage's weights in memory at a time; those of the other stages wait in their files.
 
-The idea: drawing needs CogLM, the first sharpening CogLM and what the direct stage adds to it, the second the iterative
-model alone. A module whose turn is over moves to torch's "meta" device, where tensors have shapes but no numbers; when
-its turn comes, its file is read again. Weights in few bits, which took a while to make, wait in the computer's memory
-while a GPU does without them. Nothing else knows: the modules stay the same objects.
+The idea: drawing needs CogLM, the direct stage needs CogLM and what it adds to it, the iterative stage needs its own
+model alone. A module that has done its work moves to torch's "meta" device, where tensors have shapes but no numbers.
+When its turn comes again, its file is read again. Quantized weights take a while to make, so they are not thrown away:
+while a GPU does without them they wait in the CPU's memory. The rest of the package notices nothing, because the
+modules stay the same objects.
 
 Mirrors: the original moves whole models between GPU and CPU memory (``sr_pipeline/sr_group.py``), so a machine needs
 room for all of them.
@@ -26,9 +27,10 @@ class Offload:
 
     Attributes:
         device: where weights go.
-        modules: what there is to bring in, by name. bring: what gives each one its weights.
-        stays: those that are not read again but wait in the computer's own memory.
-        stands_on: for modules that cannot work without another one, its name.
+        modules: all modules, by name. bring: for each name, the function that gives the module its weights.
+        stays: names of modules that are not read again but wait in the CPU's memory.
+        stands_on: for a module that needs another one to work, the name of that one.
+        loaded: names of modules that have weights, on the device or, if they stay, in the CPU's memory.
 
     Example:
         >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)

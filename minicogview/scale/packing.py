@@ -1,13 +1,13 @@
-"""Linear layers that lend themselves a copy of their matrix, stored for products with few rows.
+"""Linear layers that multiply with a packed copy of their matrix, made for products with few rows.
 
-The idea: drawing token by token gives each matrix one row per picture, so the time goes into reading the matrix
-from memory, not into multiplying. FBGEMM, the library behind PyTorch's quantised layers on x86, keeps a matrix
-in half precision and in the order in which it is read, and multiplies and adds in float32. Weights that come
-from a half-precision file lose nothing by that. Of others the rounding error is kept too, as a second
-half-precision matrix: together they hold 22 bits, and the products are as exact as ordinary float32 ones.
+The idea: drawing token by token gives each matrix one row per picture, so the time goes into reading the matrix from
+memory, not into multiplying. FBGEMM, the library behind PyTorch's quantized layers on x86, keeps a matrix in half
+precision and in the order in which it is read, and multiplies and adds in float32. Weights that come from a
+half-precision file lose nothing by that. For other weights the rounding error is kept too, as a second half-precision
+matrix: together they hold 22 bits, and the products are as exact as ordinary float32 ones.
 
-No part of the original. On other machines, other devices and in other number formats nothing is packed, and
-the layers are what they were, the plain twin: same inputs, same answers up to float32 rounding.
+No part of the original. On other machines, other devices and in other number formats nothing is packed, and the layers
+stay what they are. They are the plain twin: the same inputs give the same answers up to float32 rounding.
 
 Shapes: ``D`` inputs, ``E`` outputs; two or more dimensions, the last is the width.
 
@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 SCALE = 2.0**11  # half precision errs by at most 2**-11 of a number: scaled so, the error fits half precision too
-MOST_ROWS = 128  # for one thread; the packed kernels use one, ``F.linear`` all there are
+MOST_ROWS = 128  # for one thread: the packed kernels use a single thread, ``F.linear`` uses all of them
 
 
 def can_pack(weight: Tensor, rows: int) -> bool:
-    """Whether this machine has the kernels, and they pay at so many rows and take the matrix (float32, not huge)."""
+    """Whether this machine has the kernels, they are faster at ``rows`` rows, and they take the matrix (float32)."""
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         return False
     if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
@@ -47,7 +47,7 @@ def can_pack(weight: Tensor, rows: int) -> bool:
 
 
 def checksum(weight: Tensor, bias: Tensor | None) -> float:
-    """One number that changes when the weights do, for the price of reading them once."""
+    """A number that changes when the weights change; it costs as much as reading them once."""
     rows, columns = (torch.arange(n, dtype=torch.float32) for n in weight.shape)
     total = rows.cos() @ (weight @ columns.sin())
     return float(total if bias is None else total + rows.sin() @ bias)
@@ -80,11 +80,11 @@ _KEPT: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()  # not in the 
 
 
 def pack(owner: nn.Module, weight: Tensor, bias: Tensor | None, rows: int) -> Packed | None:
-    """A packed copy of a linear map, or None where packing it is impossible or no gain.
+    """A packed copy of a linear map, or None where packing is impossible or gains nothing.
 
     Args:
-        owner: module that the weights belong to; the copy is kept for its next time, and made anew when the
-            weights have changed since.
+        owner: the module that the weights belong to. Its copy is kept for later calls, and made anew when the weights
+            have changed since.
         weight: (E, D). bias: (E,) or None.
         rows: how many rows are multiplied at a time.
     """
@@ -99,7 +99,7 @@ def pack(owner: nn.Module, weight: Tensor, bias: Tensor | None, rows: int) -> Pa
 
 @contextmanager
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within this context the model's linear layers use packed copies: for inference with so many rows."""
+    """Within this context the model's linear layers use packed copies, for inference with ``rows`` rows at a time."""
     swapped = []
     try:
         for layer in model.modules():

@@ -97,7 +97,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             GPU's mesh it may come from the CPU: its matrices are moved one by one, and only a part of each stays.
 
     Raises:
-        MiniCogViewError: if the ranks cannot have equally many heads, or layers are quantised or without weights.
+        MiniCogViewError: if the ranks cannot have equally many heads, or layers are quantized or without weights.
     """
     ranks = mesh.size()
     parts: list[Any] = [part for part in model.modules() if type(part) in PARTS]
@@ -124,10 +124,10 @@ def is_split(part: nn.Module) -> bool:
 
 
 def check(part: nn.Module, ranks: int) -> None:
-    """Raise MiniCogViewError if an attention or MLP cannot be split over so many ranks."""
+    """Raise MiniCogViewError if an attention or MLP cannot be split over ``ranks`` processes."""
     linear = [getattr(part, name) for name in PARTS[type(part)]]
     if not all(isinstance(layer, nn.Linear) for layer in linear):
-        raise MiniCogViewError("quantised layers cannot be split over processes: load the weights in full precision")
+        raise MiniCogViewError("quantized layers cannot be split over processes: load the weights in full precision")
     if any(layer.weight.is_meta for layer in linear):
         raise MiniCogViewError("layers without weights cannot be split over processes: load them without offloading")
     if isinstance(part, Attention) and not is_split(part) and part.n_heads % ranks:

@@ -7,7 +7,7 @@ Super-resolution passes thousands of tokens through every layer, so reading hide
 one. So what a small machine should do follows from sizes alone, and ``choose_plan`` takes the first way that fits.
 
 The number format of the computation follows from what the machine does well (``machine.py``). Where that is float32,
-the matrices of a large model stay in half precision, and products convert them piece by piece (``products.py``).
+the matrices of a large model stay in half precision, and products convert them piece by piece (``mixed_precision.py``).
 
 Mirrors: nothing. The original keeps three models in 40 GB of GPU memory.
 
@@ -157,7 +157,7 @@ def choose_formats(name: str, parameters: int, device: torch.device | str, store
 class Sizes:
     """Numbers in the weights of a system, and bytes of what is computed on the way for one picture."""
 
-    layers: int  # of CogLM; LoPAR's are as many
+    layers: int  # of CogLM; the iterative stage has as many
     tables: int  # token and position tables, as far as they are in memory
     extra: int  # what the direct stage has beside CogLM's
     n_layers: int

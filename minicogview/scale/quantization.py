@@ -1,16 +1,16 @@
-"""Weights in eight or four bits: a half or a quarter of the memory, and of the time that reading them takes.
+"""Weights in 8 or 4 bits: a half or a quarter of the memory, and of the time it takes to read them.
 
-The idea: neighbouring weights of a row are of similar size. So 64 of them share a scale and an offset, and each is kept
-as a small whole number: ``weight = (code - middle) * scale + offset``. Drawing token by token waits for weights to come
-from memory, so with a quarter of the bytes it is nearly four times as fast; what it costs is a rounding error in every
-matrix, which ``relative_error`` states.
+The idea: neighbouring weights of a row are of similar size. So 64 of them share a scale and an offset, and each weight
+is kept as a small integer: ``weight = (code - middle) * scale + offset``. Drawing token by token waits for weights to
+come from memory, so a quarter of the bytes makes it nearly four times as fast. The price is a rounding error in every
+matrix, which ``relative_error`` measures.
 
-No part of the original. Round-to-nearest in groups is the plain form of weight quantisation, see Dettmers &
-Zettlemoyer, "The case for 4-bit precision" (2022, arXiv 2212.09720); better ones look at activations as well.
+No part of the original. Rounding to the nearest code in groups is the plainest form of weight quantization, see
+Dettmers & Zettlemoyer, "The case for 4-bit precision" (2022, arXiv 2212.09720); better ones look at activations too.
 
-On x86 and ARM processors PyTorch has a product of bfloat16 rows with four-bit matrices, which reads them as they are;
-eight bits go through it as two halves of four. On a GPU a Triton kernel does the same for up to 16 rows
-(``kernels/quantized.py``). Otherwise matrices are dequantised one by one, which saves memory alone.
+On x86 and ARM processors PyTorch has a product of bfloat16 rows with 4-bit matrices, which reads the codes as they are;
+an 8-bit matrix goes through it as two 4-bit halves. On a GPU a Triton kernel does the same for up to 16 rows
+(``kernels/quantized.py``). Everywhere else matrices are dequantized one by one, which saves memory but no time.
 
 Shapes: ``E`` outputs, ``D`` inputs, ``G`` = D / 64 groups in a row.
 
@@ -53,7 +53,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: Tensor, bits: Bits) -> Quantized:
-    """Round a matrix (E, D) to codes of so many bits, spread evenly between the least and the largest of 64 weights.
+    """Round a matrix (E, D) to codes of ``bits`` bits, spread evenly between the least and the largest of 64 weights.
 
     A last group that is not full is filled up with the last column, which does not widen its range.
 
@@ -88,7 +88,7 @@ def split_bytes(codes: Tensor) -> Tensor:
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix that is left of a quantised one, (E, D) with D in whole groups."""
+    """The matrix that a quantized one stands for, (E, D) with D in whole groups."""
     codes = q.codes if q.bits == 8 else split_bytes(q.codes)
     centred = codes.to(dtype).sub_(2 ** (q.bits - 1)).unflatten(1, (-1, GROUP))  # exact in bfloat16: at most 8 bits
     return centred.mul_(q.scale.to(dtype)[..., None]).add_(q.offset.to(dtype)[..., None]).flatten(1)
@@ -100,7 +100,7 @@ def relative_error(weight: Tensor, q: Quantized) -> Tensor:
     return (dequantize(q)[:, : weight.shape[1]] - weight).norm() / weight.norm().clamp(min=1e-30)
 
 
-# --- products without a dequantised copy --------------------------------------------------------------------------
+# --- products without a dequantized copy --------------------------------------------------------------------------
 
 
 def has_int4_product(device: torch.device) -> bool:
@@ -144,7 +144,7 @@ def in_groups(x: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """``nn.Linear`` whose matrix is kept in few bits, for inference; dequantised unless ``fused_product`` holds.
+    """``nn.Linear`` with a quantized matrix, for inference; it is dequantized unless ``fused_product`` holds.
 
     Attributes:
         codes, scale, offset: see ``Quantized``. bias: (E,).

@@ -1,12 +1,12 @@
-"""Running a model whose weights do not fit into memory: one layer after another, straight from the disk.
+"""Running a model that does not fit into memory: one layer after another, straight from the disk.
 
-The idea: weights that are mapped from their file take up no memory before they are used, and can be let go of
-afterwards, since the file still has them. While a layer is at work a second thread reads the next one, so the disk
+The idea: weights that are memory-mapped take up no memory until they are used, and their pages can be dropped
+afterwards, since the file still has them. While one layer computes, a second thread reads the next one. So reading
 hides behind the arithmetic wherever a pass takes longer to compute than to read: with thousands of tokens, as in
-super-resolution, but not with one token at a time. On a GPU the thread's pages are copied over when their turn comes.
+super-resolution, but not with one token at a time. On a GPU, the second thread also copies the layer over.
 
 The operating system would read pages by itself when they are touched, but only then, and in small pieces; and it would
-keep them until memory runs out. Source of the arithmetic: notebook 10; the original keeps all models resident.
+keep them until memory runs out. Source of the arithmetic: notebook 10. The original keeps all models in memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PAGE = mmap.PAGESIZE
 
 
 def forget_pages(tensor: Tensor) -> None:
-    """Tell the system that a mapped tensor's pages are not needed now. Where it has no such call, nothing happens.
+    """Tell the operating system that a memory-mapped tensor's pages are not needed now, where it has such a call.
 
-    Only for tensors that are mapped from a file and were not written to: others would lose their numbers.
+    Only for tensors that are mapped from a file and were never written to: others would lose their numbers.
     """
     start = -(-tensor.data_ptr() // PAGE) * PAGE  # whole pages alone
     length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
@@ -41,7 +41,7 @@ def forget_pages(tensor: Tensor) -> None:
 
 
 def mapped_from_files(tensors: Sequence[Tensor]) -> bool:
-    """Whether all of these lie in memory that files are mapped to, as far as the system tells."""
+    """Whether all of these tensors lie in memory that files are mapped to, as far as the operating system tells."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return False
@@ -54,20 +54,21 @@ def mapped_from_files(tensors: Sequence[Tensor]) -> bool:
 
 
 def touch(tensors: Sequence[Tensor]) -> None:
-    """Have all pages of mapped tensors read, by looking at one byte of each."""
+    """Make the operating system read all pages of mapped tensors, by looking at one byte of each."""
     for tensor in tensors:
         if tensor.numel():
             tensor.view(-1).view(torch.uint8)[::PAGE].max()
 
 
 class Stream:
-    """Brings in the weights of a stack's layers one ahead of the work, and lets go of those behind it.
+    """Reads the weights of one layer ahead of the work, and drops those of the layers behind it.
 
     Args:
-        groups: the modules of each layer, of all levels. Their parameters should be mapped from files, see
-            ``load_weights`` with ``dtype=None``; if they are not, nothing is let go of.
-        device: where the layers work. The second thread copies what is elsewhere, and the copy is dropped after use.
-        dtype, vectors: number formats that matrices and vectors are copied to; None: as they are stored.
+        groups: the modules of each layer, on all levels. Their parameters should be mapped from files, see
+            ``load_weights`` with ``dtype=None``; if they are not, nothing is dropped.
+        device: where the layers compute. Weights that lie elsewhere are copied there, and the copy is dropped after
+            use.
+        dtype, vectors: number formats that matrices and vectors are converted to; None: as they are stored.
 
     Example:
         >>> layers = [nn.Linear(2, 2) for _ in range(3)]
@@ -92,7 +93,7 @@ class Stream:
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def walk(self, layers: Iterable[Any]) -> Iterator[Any]:
-        """The layers, each with its weights at hand while it is at work."""
+        """The layers one after another, each with its weights in memory while it computes."""
         ahead = self._read(0)
         for i, layer in enumerate(layers):
             weights, ahead = ahead.result(), self._read(i + 1)
@@ -113,7 +114,7 @@ class Stream:
         return self.reader.submit(self._fetch, self.stored[i] if i < len(self.stored) else [])
 
     def _fetch(self, stored: list[Tensor]) -> list[Tensor]:
-        """Weights where they are needed; at home there they are the stored ones, their pages read."""
+        """Weights on the device, in their number formats; where that changes nothing, the stored tensors themselves."""
         touch(stored)
         if self.copies is None:
             return [tensor.to(self.device, self._format(tensor)) for tensor in stored]

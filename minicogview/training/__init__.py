@@ -7,6 +7,6 @@ runs on a bare GPU machine. TensorBoard is used where it is installed.
 from __future__ import annotations
 
 from minicogview.training.loop import RunOptions, fit
-from minicogview.training.resume import Objective, Precision, Settings
+from minicogview.training.state import Objective, Precision, Settings
 
 __all__ = ["Objective", "Precision", "RunOptions", "Settings", "fit"]

@@ -31,7 +31,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.scale.machine import pick_device, training_precision
 from minicogview.training.log import Log
 from minicogview.training.optimizers import learning_rate, make_optimizers
-from minicogview.training.resume import EMA, Checkpoint, Objective, Settings
+from minicogview.training.state import EMA, Checkpoint, Objective, Settings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minicogview.errors import MiniCogViewError
-from minicogview.training.resume import Settings
+from minicogview.training.state import Settings
 
 
 def learning_rate(step: int, *, steps: int, lr: float, warmup: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minicogview.checkpoints.files import load_coglm, load_direct, load_vqvae, save_direct, save_model
+from minicogview.checkpoints.weight_files import load_coglm, load_direct, load_vqvae, save_direct, save_model
 from minicogview.coglm import CogLM
 from minicogview.config import Preset
 from minicogview.data import captions
@@ -27,7 +27,7 @@ from minicogview.tokenizer import Tokenizer
 from minicogview.training.coglm import CogLMData, CogLMObjective, CogLMRecipe, embed_codebook
 from minicogview.training.loop import DEFAULTS, RunOptions, fit
 from minicogview.training.lopar import IterativeObjective
-from minicogview.training.resume import Settings
+from minicogview.training.state import Settings
 from minicogview.training.super_resolution import DirectObjective, Pairs, SuperResolutionRecipe
 from minicogview.upsampling import Upsampler
 from minicogview.vqvae import VQVAE

@@ -25,13 +25,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minicogview.checkpoints.files import load_vqvae, save_model
+from minicogview.checkpoints.weight_files import load_vqvae, save_model
 from minicogview.config import get_preset
 from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.evaluation.metrics import psnr, tokenizer_psnr
 from minicogview.training.codebook import CodebookLearner
 from minicogview.training.loop import DEFAULTS, RunOptions, fit
-from minicogview.training.resume import Settings
+from minicogview.training.state import Settings
 from minicogview.vqvae import VQVAE
 
 COMMITMENT = 0.25  # weight of the commitment loss

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from minicogview import masking
 from minicogview.attention import attention_bias, text_attention_weights
-from minicogview.checkpoints import files as checkpoint
 from minicogview.checkpoints import sat
+from minicogview.checkpoints import weight_files as checkpoint
 from minicogview.coglm import Batch, CogLM
 from minicogview.config import CogLMConfig, SpecialIds, TransformerConfig
 from minicogview.transformer import KVCache, Record

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_data import Likeliest, close, golden, in_every_form, leaves, stage_config, stage_sizes
 
-from minicogview.checkpoints import files as checkpoint
+from minicogview.checkpoints import weight_files as checkpoint
 from minicogview.local_attention import Impl
 from minicogview.lopar import OFFICIAL, IterativeSR, lopar_attention
 from minicogview.super_resolution import CellSampler, text_slots

@@ -19,7 +19,7 @@ from golden_data import (
 )
 
 from minicogview.attention import attention_bias
-from minicogview.checkpoints import files as checkpoint
+from minicogview.checkpoints import weight_files as checkpoint
 from minicogview.local_attention import Impl
 from minicogview.super_resolution import DirectSR, direct_attention, low_mask, start_positions, text_slots
 from minicogview.transformer import Record

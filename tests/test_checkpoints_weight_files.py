@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minicogview.checkpoints.files import (
+from minicogview.checkpoints.shards import write_shards
+from minicogview.checkpoints.weight_files import (
     fingerprint,
     identity,
     load_coglm,
@@ -21,7 +22,6 @@ from minicogview.checkpoints.files import (
     save_direct,
     save_model,
 )
-from minicogview.checkpoints.shards import write_shards
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, SuperResolutionConfig, TransformerConfig, to_json
 from minicogview.errors import MiniCogViewError

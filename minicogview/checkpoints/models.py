@@ -1,4 +1,9 @@
-"""Where weights are, which preset they go with, whether the files of a folder belong together, and the models in it."""
+"""From a folder of weights to models: which preset they belong to, whether files fit together, and how to load.
+
+The idea: a plan (``scale/plan.py``) says how each stage has its weights: in memory, quantized, or layer by layer from
+the disk. ``load_stages`` first builds all models without weights, then gives each its own in the way of the plan,
+either at once or when the stage has to work.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minicogview.checkpoints.files import (
+from minicogview.checkpoints.weight_files import (
+    FILES,
+    STAGES,
     has_weights,
     load_config,
     load_into,
@@ -25,9 +32,9 @@ from minicogview.config import PRESETS, CogLMConfig, Preset, VQVAEConfig, get_pr
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.scale.machine import pick_device
+from minicogview.scale.mixed_precision import in_pieces, keep_half
 from minicogview.scale.offload import Offload, State
 from minicogview.scale.plan import BITS, Plan, Sizes, Way, choose_formats, choose_plan, parse_memory
-from minicogview.scale.products import in_pieces, keep_half
 from minicogview.scale.quantization import Bits, quantize_layers
 from minicogview.scale.streaming import forget_pages, mapped_from_files, stream_layers
 from minicogview.super_resolution import DirectSR
@@ -35,8 +42,7 @@ from minicogview.tokenizer import Tokenizer
 from minicogview.transformer import Transformer
 
 SHIPPED = Path(__file__).parents[1] / "weights"
-FILES = "vqvae.safetensors, coglm.safetensors and text.model"
-STAGES = ("coglm", "direct", "iterative")
+NEEDED = "vqvae.safetensors, coglm.safetensors and text.model"
 
 
 def find_folder(source: str | Path) -> Path:
@@ -44,13 +50,13 @@ def find_folder(source: str | Path) -> Path:
     if isinstance(source, str) and source in PRESETS:
         if (SHIPPED / source).is_dir():
             return SHIPPED / source
-        raise MiniCogViewError(f"no weights ship with the preset {source!r}: give the folder of your own, with {FILES}")
+        raise MiniCogViewError(f"no weights ship with the preset {source!r}: give a folder of your own with {NEEDED}")
     folder = Path(source)
     if folder.is_dir():
         return folder
     raise MiniCogViewError(
         f"{str(source)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder: give one of these names, "
-        f"or a folder with {FILES}"
+        f"or a folder with {NEEDED}"
     )
 
 
@@ -68,7 +74,7 @@ def preset_of(name: str | None, config: CogLMConfig, vqvae: VQVAEConfig, folder:
 
 
 def check_fit(config: CogLMConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuse files of different models: their ids would mean different things."""
+    """Refuse files that belong to different models, in which the same id means different things."""
     needed = (config.n_codes, config.transformer.vocab_size, config.ids.boi)
     found = (tokenizer.codebook_size, tokenizer.vocab_size, tokenizer.boi)
     if needed != found:
@@ -84,14 +90,15 @@ def plan_for(
     """How the weights in a folder run on this machine.
 
     Args:
-        memory: how much there is, see ``parse_memory``. dtype: see ``parse_dtype``.
-        offload: have the weights as they are, of one stage at a time.
+        memory: how much there is, see ``parse_memory``. dtype: see ``choose_formats``.
+        device: see ``pick_device``.
+        offload: keep weights as they are stored, and in memory only those of the stage at work.
 
     Raises:
         MiniCogViewError: if a setting makes no sense, or there is no way to run in so little.
     """
     where = pick_device(device)
-    first, second, third = (folder / f"{name}.safetensors" for name in STAGES)
+    first, second, third = (folder / FILES[name] for name in STAGES)
     coglm = load_config(first, "coglm")
     direct = load_config(second, "direct") if has_weights(second) else None
     iterative = direct is not None and has_weights(third)
@@ -131,7 +138,7 @@ def load_stages(folder: Path, plan: Plan) -> Stages:
     Raises:
         MiniCogViewError: if a file is missing or damaged, or the direct stage was trained on top of another CogLM.
     """
-    files = {name: folder / f"{name}.safetensors" for name in STAGES}
+    files = {name: folder / FILES[name] for name in STAGES}
     with torch.device("meta"):
         coglm = CogLM(load_config(files["coglm"], "coglm")).eval()
     remember_identity(coglm.transformer, files["coglm"])
@@ -167,7 +174,7 @@ def shares_transformer(path: Path, coglm: CogLM, plan: Plan) -> bool:
 
 def bring(stage: Stage, folder: Path, plan: Plan, coglm: CogLM) -> None:
     """Give a stage its weights, in the way that its plan says."""
-    path, first = folder / f"{stage.name}.safetensors", folder / "coglm.safetensors"
+    path, first = folder / FILES[stage.name], folder / FILES["coglm"]
     if stage.name == "coglm":
         _, state = load_weights(path, "coglm", None)
     else:

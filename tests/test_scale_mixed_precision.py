@@ -12,9 +12,9 @@ from torch import nn
 
 from minicogview.config import TransformerConfig
 from minicogview.pipeline import CogView2
-from minicogview.scale import products
+from minicogview.scale import mixed_precision
+from minicogview.scale.mixed_precision import FEW_ROWS, in_pieces, keep_half, product
 from minicogview.scale.plan import Plan
-from minicogview.scale.products import FEW_ROWS, in_pieces, keep_half, product
 from minicogview.transformer import MLP, Transformer
 
 HALF = [torch.bfloat16, torch.float16]
@@ -25,7 +25,7 @@ HALF = [torch.bfloat16, torch.float16]
 def test_a_product_is_that_of_the_same_numbers_in_float32(
     rows: int, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "PIECE", 33 * 10)  # ten outputs at a time, the last piece is smaller
+    monkeypatch.setattr(mixed_precision, "PIECE", 33 * 10)  # ten outputs at a time, the last piece is smaller
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 33), torch.randn(57, 33).to(kept), torch.randn(57)
     expected = F.linear(x, weight.float(), bias)
@@ -76,7 +76,7 @@ def test_an_mlp_in_pieces_is_the_same_mlp(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     mlp, x = MLP(TransformerConfig(n_layers=1, d_model=8, n_heads=1, vocab_size=5)), torch.randn(2, 25, 8)
     expected, calls = mlp(x), []
-    monkeypatch.setattr(products, "MLP_TOKENS", 10)
+    monkeypatch.setattr(mixed_precision, "MLP_TOKENS", 10)
     in_pieces(mlp)
     mlp.up.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[1]))
     torch.testing.assert_close(mlp(x), expected)

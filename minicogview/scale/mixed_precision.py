@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from minicogview.transformer import MLP, Transformer
 
 FEW_ROWS = 8  # up to here a product in half precision is as fast as converting the matrix, even on a plain processor
-PIECE = 2**22  # weights that are converted at a time: 16 MB in float32
-MLP_TOKENS = 512  # tokens at a time: what lies between the matrices of an MLP then stays in the cache
+PIECE = 2**23  # weights that are converted at a time: 32 MB in float32
+MLP_TOKENS = 1024  # at a time: fewer keep what lies between its matrices small, but convert the matrices more often
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ __all__ = ["fast_steps", "get_preset"]
 
 @contextmanager
 def fast_steps(model: CogLM, rows: int) -> Iterator[None]:
-    """Within this context a model's single steps, of so many rows, take the fastest way that there is."""
+    """Within this context a model's single steps, with ``rows`` rows each, take the fastest way on this machine."""
     transformer = model.transformer
     whole = all(type(parameter.data) is Tensor for parameter in transformer.layers[0].parameters())  # see parallel.py
     at_hand = whole and transformer.walk is iter
