@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -79,7 +79,7 @@ def inside(folder: Path, name: object, source: Path) -> Path:
             cache of huggingface_hub, where ``snapshots/REVISION`` has links into ``blobs``.
     """
     plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 200 and name not in (".", "..")
-    if not isinstance(name, str) or not plain or any(c in name for c in '/\\:'):
+    if not isinstance(name, str) or not plain or any(c in name for c in "/\\:"):
         raise MiniCogViewError(f"{source} names {shown(repr(name))}: expected the plain name of a file beside it")
     root = folder.resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -180,7 +180,8 @@ def check_tensor(name: object, value: Any, path: str | Path) -> None:
 
 def check_finite(name: str, value: Tensor, path: str | Path) -> None:
     """Raise MiniCogViewError if a tensor has NaN or infinity; reads all of it once, at several GB/s."""
-    if value.numel() and not all(end.isfinite() for end in torch.aminmax(value)):  # NaN is passed on by both
+    # Both ends are NaN where any number is.
+    if value.numel() and not all(math.isfinite(end.item()) for end in torch.aminmax(value)):
         raise MiniCogViewError(f"{path} holds NaN or infinity in {shown(name, 80)}: get it again")
 
 
@@ -206,9 +207,9 @@ class WeightFile:
         """The text in the header."""
         return self._metadata
 
-    def keys(self) -> Iterator[str]:
+    def keys(self) -> Sequence[str]:
         """Names of the weights."""
-        return iter(self._keys)
+        return self._keys
 
     def get_tensor(self, name: str) -> Tensor:
         """A weight, memory-mapped: it is read from the disk when it is first used."""
@@ -234,7 +235,7 @@ def content_checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, T
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +151,9 @@ class Shards:
         """The text in the index: what a single file has in its header."""
         return self._metadata
 
-    def keys(self) -> Iterator[str]:
+    def keys(self) -> Sequence[str]:
         """Names of the weights."""
-        return iter(self.weight_map)
+        return list(self.weight_map)
 
     def get_tensor(self, name: str) -> Tensor:
         """A weight, memory-mapped: it is read from the disk when it is first used."""

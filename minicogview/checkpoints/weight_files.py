@@ -42,7 +42,7 @@ from minicogview.checkpoints.reading import (
 )
 from minicogview.checkpoints.shards import INDEX, Shards
 from minicogview.coglm import CogLM
-from minicogview.config import CogLMConfig, SuperResolutionConfig, VQVAEConfig, from_json, to_json
+from minicogview.config import PRESETS, CogLMConfig, SuperResolutionConfig, VQVAEConfig, from_json, to_json
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.super_resolution import DirectSR
@@ -127,7 +127,11 @@ def load_header(path: str | Path, kind: str) -> dict[str, str]:
         MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
     """
     with open_weights(path) as file:
-        header = file.metadata()
+        return _header(file, path, kind)
+
+
+def _header(file: WeightFile | Shards, path: str | Path, kind: str) -> dict[str, str]:
+    header = file.metadata()
     if header.get("kind") != kind or "config" not in header:
         raise MiniCogViewError(f"weight file {path} holds {shown(repr(header.get('kind')))}, expected {kind!r}")
     return header
@@ -135,12 +139,17 @@ def load_header(path: str | Path, kind: str) -> dict[str, str]:
 
 def load_config(path: str | Path, kind: str) -> Any:
     """The configuration in a file's header, without reading the weights; raises as ``load_header`` does."""
-    text = load_header(path, kind)["config"]
+    with open_weights(path) as file:
+        return _config(file, path, kind)
+
+
+def _config(file: WeightFile | Shards, path: str | Path, kind: str) -> Any:
+    """The configuration of an open file, whose fields have the right types and whose counts fit its weights."""
+    text = _header(file, path, kind)["config"]
     with refusing(path, "has a configuration that makes no sense"):
         config = from_json(CONFIG_TYPES[kind], text)
     check_fields(config, path)
-    with open_weights(path) as file:
-        check_counts(config, sum(1 for _ in file.keys()), path)  # noqa: SIM118 (not a dict)
+    check_counts(config, len(file.keys()), path)
     return config
 
 
@@ -166,10 +175,10 @@ def load_weights(
         MiniCogViewError: as ``load_header`` does; or if a single file does not have its checksum (the files of an index
             are compared by ``minicogview doctor --verify``); or, unless ``dtype`` is None, for NaN and infinity.
     """
-    config = load_config(path, kind)
     if Path(path).is_file():
         compare_checksum(Path(path))
     with open_weights(path) as file:
+        config = _config(file, path, kind)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if dtype is None:
         return config, state
@@ -225,7 +234,8 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, as
 def load_vqvae(path: str | Path) -> VQVAE:
     """The picture tokenizer in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
     config, state = load_weights(path, "vqvae")
-    check_fits(build(lambda: VQVAE(config), path), state, path)  # before memory is taken
+    if all(config != preset.vqvae for preset in PRESETS.values()):  # foreign sizes: check them before taking memory
+        check_fits(build(lambda: VQVAE(config), path), state, path)
     model = VQVAE(config).eval()
     load_into(model, state, path)
     return model
