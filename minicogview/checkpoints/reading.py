@@ -235,7 +235,7 @@ def content_checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, T
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
