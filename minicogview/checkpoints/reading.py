@@ -52,7 +52,8 @@ def refusing(path: str | Path, fault: str = "is damaged", remedy: str = "get it 
     try:
         yield
     except MiniCogViewError as error:
-        raise MiniCogViewError(shown(error, 1000)) from None
+        said = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise MiniCogViewError(shown(said, 1000)) from None
     except Exception as error:
         reason = shown(error) or type(error).__name__
         raise MiniCogViewError(f"{path} {fault} ({reason}): {remedy}") from None

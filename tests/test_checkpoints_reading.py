@@ -1,0 +1,607 @@
+"""Weight files from strangers: every fault ends in one line, nothing outside the folder is opened, bits are compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_checkpoints_importing import write_release
+from test_checkpoints_sat import Attack, make_sat
+from tiny import SHIPPED, TINY, write_tiny
+from torch import nn
+
+from minicogview.checkpoints import reading
+from minicogview.checkpoints.importing import import_released
+from minicogview.checkpoints.models import load_stages, plan_for
+from minicogview.checkpoints.random_weights import write_random
+from minicogview.checkpoints.reading import (
+    SUMS,
+    check_finite,
+    check_tensor,
+    compare_checksum,
+    inside,
+    read_json,
+    read_sums,
+    shown,
+)
+from minicogview.checkpoints.sat import SatFolder, open_torch_file, sat_config
+from minicogview.checkpoints.shards import Shards
+from minicogview.checkpoints.weight_files import (
+    FILES,
+    fingerprint,
+    load_coglm,
+    load_config,
+    load_direct,
+    load_into,
+    load_vqvae,
+    load_weights,
+    same_as_coglm,
+    save_direct,
+    save_model,
+    stored_dtype,
+)
+from minicogview.cli.doctor import doctor, imported
+from minicogview.cli.main import main
+from minicogview.coglm import CogLM
+from minicogview.config import to_json
+from minicogview.errors import MiniCogViewError
+from minicogview.lopar import IterativeSR
+from minicogview.pipeline import CogView2
+from minicogview.super_resolution import DirectSR
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 10805768\n"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as ``import`` writes it, of a tiny model: indexes for CogLM and the direct stage, which share weights."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    coglm = CogLM(TINY.coglm)
+    write_release(folder / "release", {"coglm": coglm, "direct": DirectSR(TINY.direct, coglm.transformer)})
+    import_released(folder / "release", folder / "out", TINY, limit=100_000)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole / "out", tmp_path / "weights"))
+
+
+@pytest.fixture
+def release(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole / "release", tmp_path / "release"))
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """The one line that some work ends with."""
+    with pytest.raises(MiniCogViewError) as caught:
+        work()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+    return str(caught.value)
+
+
+def change_index(folder: Path, kind: str = "coglm", **changes: Any) -> None:
+    path = folder / f"{kind}.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def index_of(folder: Path, kind: str = "coglm") -> dict[str, Any]:
+    return json.loads((folder / f"{kind}.safetensors.index.json").read_text())
+
+
+# --- names that a file holds
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x", "..", ".", "", "a/b", "a\\b", "C:x", "a\nb", "x" * 999])
+def test_an_index_names_files_beside_it_alone(name: str, folder: Path) -> None:
+    change_index(folder, weight_map=dict.fromkeys(index_of(folder)["weight_map"], name), sha256={})
+    assert "expected the plain name of a file beside it" in refusal(lambda: load_coglm(folder / "coglm.safetensors"))
+
+
+def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
+    file = sorted(folder.glob("coglm-*"))[0]
+    outside = folder.parent / "outside.safetensors"
+    file.rename(outside)
+    file.symlink_to(outside)
+    assert f"names {file.name}, which is a link out of the folder" in refusal(
+        lambda: load_coglm(folder / FILES["coglm"])
+    )
+    file.unlink()
+    outside.rename(folder / "other.safetensors")
+    file.symlink_to("other.safetensors")  # a link within the folder does no harm
+    load_coglm(folder / FILES["coglm"])
+    link = folder.parent / "link"
+    link.symlink_to(folder)  # nor does a link to the folder
+    load_coglm(link / FILES["coglm"])
+
+
+def test_the_cache_of_a_hub_is_read(tmp_path: Path) -> None:
+    """Its folders have links into the folder ``blobs`` beside them."""
+    blob, snapshot = tmp_path / "blobs" / "0123", tmp_path / "snapshots" / "abc"
+    for path in (blob.parent, snapshot):
+        path.mkdir(parents=True)
+    blob.write_text("x")
+    (snapshot / "name").symlink_to("../../blobs/0123")
+    assert inside(snapshot, "name", tmp_path).read_text() == "x"
+    (snapshot / "evil").symlink_to("../../../x")
+    assert "link out of the folder" in refusal(lambda: inside(snapshot, "evil", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names", ["{", "3", '["../coglm"]', '["base.nothing"]', "[[1]]", '[{"a": 1}]', "[" * 100_000, '"base."', "null"]
+)
+def test_same_as_coglm_names_weights_of_coglm_alone(names: str, folder: Path) -> None:
+    coglm = load_coglm(folder / FILES["coglm"])
+    change_index(folder, "direct", metadata=index_of(folder, "direct")["metadata"] | {"same_as_coglm": names})
+    path = folder / FILES["direct"]
+    for work in (lambda: load_direct(path, coglm.transformer), lambda: same_as_coglm(path, coglm)):
+        assert "has a damaged list same_as_coglm" in refusal(work)
+
+
+# --- indexes and shards
+
+WRONG_INDEXES: dict[str, Any] = {
+    **{f"weight_map {value!r}"[:40]: {"weight_map": value} for value in (None, [], [1], 3, "x", {}, {"a": 1}, {"a": None})},
+    **{f"sha256 {value!r}": {"sha256": value} for value in (None, [], 3, "x", {"a": None}, {"missing.safetensors": "0"})},
+    **{f"metadata {value!r}": {"metadata": value} for value in (None, [], "x", {"kind": 3, "config": "{}"})},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_INDEXES.values(), ids=WRONG_INDEXES.keys())
+def test_an_index_with_wrong_types_is_damaged(wrong: dict[str, Any], folder: Path) -> None:
+    change_index(folder, **wrong)
+    assert "index.json is damaged (" in refusal(lambda: load_coglm(folder / FILES["coglm"]))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{" * 9, '{"a":' * 100_000, "[" * 100_000, '{"a": NaN}', "\udcff"])
+def test_json_that_is_no_index(text: str, folder: Path) -> None:
+    (folder / "coglm.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert "is damaged (" in refusal(lambda: load_coglm(folder / FILES["coglm"]))
+
+
+def test_large_json_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.json").write_text('{"a": "' + "x" * 1000 + '"}')
+    assert len(read_json(tmp_path / "x.json")["a"]) == 1000
+    monkeypatch.setattr(reading, "MAX_JSON", 999)
+    assert "is larger than" in refusal(lambda: read_json(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "garbled", "swapped", "pointer", "header"])
+def test_a_damaged_shard_is_one_line(how: str, folder: Path) -> None:
+    first, second, *_ = sorted(folder.glob("coglm-*"))
+    content = first.read_bytes()
+    if how == "swapped":
+        first.write_bytes(second.read_bytes())
+    else:
+        damaged = {
+            "truncated": content[:-8],
+            "empty": b"",
+            "garbled": bytes(len(content)),
+            "pointer": POINTER.encode(),
+            "header": (2**62).to_bytes(8, "little") + content[8:],
+        }
+        first.write_bytes(damaged[how])
+    said = refusal(lambda: load_coglm(folder / FILES["coglm"]))
+    assert first.name in said and ("damaged" in said or "Git LFS pointer" in said)
+    assert (said.endswith("run `git lfs pull`")) == (how == "pointer")
+    assert "UNUSABLE" in "\n".join(imported(folder, verify=False)[0])
+
+
+# --- configurations in headers
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("n_layers", 10**9), ("n_layers", "2"), ("n_layers", True), ("n_layers", -1), ("n_layers", 2.0),
+        ("d_model", 10**40), ("d_model", None), ("d_model", [16]), ("n_heads", 0), ("n_heads", 3),
+        ("norm", "sideways"), ("norm", ["pre"]), ("pb_relax", "1"), ("pb_relax", 1e999), ("another", 1),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_makes_no_sense(field: str, value: Any, tmp_path: Path) -> None:
+    config = json.loads(to_json(TINY.coglm))
+    config["transformer"][field] = value
+    path = tmp_path / "coglm.safetensors"
+    state = {"transformer.final_norm.weight": torch.ones(16)}
+    save_file(state, path, metadata={"kind": "coglm", "config": json.dumps(config)})
+    assert str(path) in refusal(lambda: load_config(path, "coglm"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "3", "{}", "{" * 100_000, '{"transformer": 3}', '{"channels": "x"}']
+)
+def test_text_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+    for kind in ("coglm", "vqvae", "direct"):
+        path = tmp_path / FILES[kind]
+        save_file({"a": torch.ones(1)}, path, metadata={"kind": kind, "config": text})
+        if (kind, text) != ("vqvae", "{}"):  # all of its fields have defaults
+            refusal(lambda: load_config(path, kind))  # noqa: B023 (called at once)
+    refusal(lambda: load_vqvae(tmp_path / FILES["vqvae"]))
+    refusal(lambda: stored_dtype(tmp_path / FILES["coglm"]))
+
+
+@pytest.mark.parametrize("changes", [{"channels": 2**31}, {"n_groups": 0}, {"n_groups": 3}, {"codebook_size": 10**7}])
+def test_a_tokenizer_larger_than_its_file_takes_no_memory(changes: dict[str, int], tmp_path: Path) -> None:
+    config, path = replace(TINY.vqvae, **changes), tmp_path / "vqvae.safetensors"
+    state = {f"w{i}": torch.ones(1) for i in range(20)}
+    save_file(state, path, metadata={"kind": "vqvae", "config": to_json(config)})
+    assert str(path) in refusal(lambda: load_vqvae(path))
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_and_infinity_are_refused_at_load(wrong: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    model = load_coglm(folder / FILES["coglm"])
+    model.transformer.layers[1].mlp.up.weight.data[3, 5] = wrong
+    save_model(folder / FILES["coglm"], model, TINY.coglm, "coglm", dtype)
+    message = r"coglm\.safetensors holds NaN or infinity in transformer\.layers\.1\.mlp\.up\.weight"
+    with pytest.raises(MiniCogViewError, match=message):
+        load_coglm(folder / FILES["coglm"])
+    with pytest.raises(MiniCogViewError, match=message):
+        CogView2.from_pretrained(folder, TINY)
+    assert "UNUSABLE: " in "\n".join(imported(folder, verify=False)[0])
+
+
+def test_quantized_layers_are_checked_and_streamed_ones_are_not(folder: Path) -> None:
+    from minicogview.scale.plan import Plan
+
+    model = load_coglm(folder / FILES["coglm"])
+    model.transformer.layers[0].mlp.up.weight.data[0, 0] = math.nan
+    save_model(folder / FILES["coglm"], model, TINY.coglm, "coglm", torch.float32)
+    (folder / "direct.safetensors.index.json").unlink()
+    for way in ("memory", "int8"):
+        assert "NaN or infinity in" in refusal(lambda: load_stages(folder, Plan(way)))  # noqa: B023
+    load_stages(folder, Plan("disk"))  # documented: the layers are read when they are needed
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.uint8, torch.complex64])
+def test_matrices_of_another_kind_are_refused(dtype: torch.dtype) -> None:
+    model = nn.Linear(2, 2)
+    state = {"weight": torch.ones(2, 2, dtype=dtype), "bias": torch.zeros(2)}
+    assert f"wrong types ['weight {dtype}']" in refusal(lambda: load_into(model, state, "x"))
+
+
+def test_finite_numbers_pass() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        check_finite("x", torch.full((3,), torch.finfo(dtype).max, dtype=dtype), "file")
+    check_finite("x", torch.zeros(0), "file")
+
+
+# --- checksums
+
+
+def test_every_written_file_has_its_checksum(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    for name in ("coglm", "vqvae"):
+        path = folder / FILES[name]
+        assert compare_checksum(path)
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        assert "was altered or damaged: its checksum" in refusal(lambda: load_weights(path, name))  # noqa: B023
+        assert said_of(folder, name).startswith("UNUSABLE")
+
+
+def said_of(folder: Path, name: str, verify: bool = False) -> str:
+    """What the doctor says about one part."""
+    from minicogview.cli.doctor import NAMES
+
+    lines = imported(folder, verify)[0]
+    return next(line[30:] for line in lines if line.startswith(f"  {NAMES[name]}"))
+
+
+@pytest.mark.parametrize("name", ["coglm", "direct", "iterative", "vqvae", "text"])
+def test_one_flipped_bit_in_a_shipped_file_is_noticed(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SHIPPED, tmp_path / "toy"))
+    content = bytearray((folder / FILES[name]).read_bytes())
+    content[-5000] ^= 4
+    (folder / FILES[name]).write_bytes(content)
+    message = refusal(lambda: CogView2.from_pretrained(folder))
+    assert FILES[name] in message and f"its checksum is not the one in {SUMS}" in message
+
+
+def test_the_shipped_lists_have_all_files() -> None:
+    for folder in (SHIPPED, SHIPPED.parent / "shapes"):
+        names = {path.name for path in folder.iterdir()} - {SUMS}
+        assert read_sums(folder).keys() == names
+        assert all(compare_checksum(folder / name) for name in names)
+
+
+def test_a_file_that_is_written_again_is_listed_again(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    path = folder / FILES["coglm"]
+    (folder / SUMS).write_text(f"{reading.checksum(path)}  {path.name}\n{'0' * 64} *other\n")
+    model = load_coglm(path)
+    model.transformer.final_norm.bias.data += 1
+    save_model(path, model, TINY.coglm, "coglm")
+    assert read_sums(folder) == {path.name: reading.checksum(path), "other": "0" * 64}
+    load_coglm(path)
+    (folder / SUMS).write_text("no list\x00\n\n")
+    assert f"{SUMS} is damaged" in refusal(lambda: load_coglm(path))
+
+
+def test_the_doctor_says_what_it_compared(folder: Path) -> None:
+    assert "not verified: --verify compares checksums" in said_of(folder, "coglm")
+    assert said_of(folder, "coglm", True).endswith("files, checksums are right")
+    sums = index_of(folder)["sha256"]
+    first = sorted(sums)[0]
+    change_index(folder, sha256={first: sums[first]})
+    assert "only 1 have a checksum, which is right" in said_of(folder, "coglm", True)
+    change_index(folder, sha256={})
+    assert "not verified: there are no checksums" in said_of(folder, "coglm", True)
+    assert said_of(folder, "direct", True).startswith("UNUSABLE")  # nothing tells which CogLM this is
+    shutil.copyfile(sorted(folder.glob("coglm-*"))[0], folder / "vqvae.safetensors")
+    assert said_of(folder, "vqvae").startswith("UNUSABLE")
+
+
+def test_a_single_file_without_checksum_is_not_verified(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    path = folder / FILES["coglm"]
+    with safe_open(path, framework="pt") as file:
+        state, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del facts["sha256"]
+    save_file(state, path, metadata=facts)
+    load_coglm(path)
+    assert "not verified: there is no checksum" in said_of(folder, "coglm")
+
+
+def test_the_doctor_sees_what_generate_would_refuse(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    (folder / "text.model").write_bytes(b"garbled")
+    assert "UNUSABLE: text model" in said_of(folder, "text")
+    shutil.copyfile(SHIPPED.parent / "shapes" / "text.model", folder / "text.model")
+    assert "UNUSABLE: the files in" in said_of(folder, "text") and "different models" in said_of(folder, "text")
+    (folder / "cluster_label.npy").write_bytes(b"garbled")
+    assert "UNUSABLE: cannot read cluster labels" in said_of(folder, "labels")
+    (folder / "cluster_label.npy").write_text(POINTER)
+    assert "Git LFS pointer" in said_of(folder, "labels")
+    save_direct(folder / FILES["direct"], DirectSR(TINY.direct, CogLM(TINY.coglm).transformer))
+    assert "trained on top of another coglm" in said_of(folder, "direct")
+    other = replace(TINY.coglm, n_codes=63)
+    iterative = replace(TINY.iterative, coglm=other)
+    save_model(folder / FILES["iterative"], IterativeSR(iterative), iterative, "iterative")
+    assert "trained on top of another coglm" in said_of(folder, "iterative")
+
+
+# --- a stage on another CogLM
+
+
+def test_another_base_is_refused_or_warned_of(folder: Path, tmp_path: Path) -> None:
+    plan = plan_for(folder)
+    good = load_stages(folder, plan).direct
+    torch.manual_seed(7)
+    for file in folder.glob("coglm*"):
+        file.unlink()
+    other = CogLM(TINY.coglm)
+    save_model(folder / FILES["coglm"], other, TINY.coglm, "coglm")
+    assert "direct.safetensors was trained on top of another coglm" in refusal(lambda: load_stages(folder, plan))
+    with pytest.warns(UserWarning, match="was trained on top of another coglm.*its pictures may be poor"):
+        loaded = load_stages(folder, plan, allow_other_base=True).direct
+    assert good is not None and loaded is not None
+    assert fingerprint(loaded.base) == fingerprint(load_coglm(folder / FILES["coglm"]).transformer)
+    with pytest.warns(UserWarning, match="trained on top of another"):
+        load_direct(folder / FILES["direct"], other.transformer, allow_other_base=True)
+
+
+# --- released folders
+
+BIAS = "transformer.final_layernorm.bias"
+
+
+def config_of(release: Path) -> Path:
+    return release / "coglm" / "model_config.json"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '"x"', "3", "", "{" * 50_000, '{"a": NaN}', '{"a": Infinity}', "\x00", "{}", POINTER]
+)
+def test_a_model_config_that_is_none(text: str, release: Path, tmp_path: Path) -> None:
+    config_of(release).write_text(text)
+    assert "model_config.json" in refusal(lambda: import_released(release, tmp_path / "out", TINY))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "field", ["num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length",
+              "model_parallel_size", "layernorm_order"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [None, "x", [], {}, True, 1.5, -1, 0, 10**9, 10**30, 1e300])
+def test_a_size_of_another_type(field: str, value: Any, release: Path, tmp_path: Path) -> None:
+    config_of(release).write_text(json.dumps(json.loads(config_of(release).read_text()) | {field: value}))
+    refusal(lambda: import_released(release, tmp_path / "out", TINY))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_does_no_harm(release: Path) -> None:
+    for path in (config_of(release), config_of(release).with_name("latest")):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert SatFolder(release / "coglm").n_ranks == 1
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"", b"../../etc", b"/etc", b"x" * 5000, b"a\x00b", b"missing", b"a\nb"])
+def test_latest_names_a_folder_beside_it(name: bytes, release: Path) -> None:
+    (release / "coglm" / "latest").write_bytes(name)
+    refusal(lambda: SatFolder(release / "coglm"))
+
+
+def test_an_iteration_that_is_a_link_out_of_the_folder(release: Path) -> None:
+    (release / "coglm" / "20000").rename(release.parent / "outside")
+    (release / "coglm" / "20000").symlink_to(release.parent / "outside")
+    assert "link out of the folder" in refusal(lambda: SatFolder(release / "coglm"))
+
+
+STRANGE: dict[str, Callable[[], Any]] = {
+    "sparse": lambda: torch.ones(2, 2).to_sparse(),
+    "meta": lambda: torch.ones(2, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "0-d": lambda: torch.tensor(1.0),
+    "integers": lambda: torch.ones(2, dtype=torch.int64),
+    "booleans": lambda: torch.ones(2, dtype=torch.bool),
+    "complex": lambda: torch.ones(2, dtype=torch.complex64),
+    "no tensor": lambda: [1, 2],
+    "expanded": lambda: torch.ones(1).expand(10**12),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", STRANGE.values(), ids=STRANGE.keys())
+def test_strange_tensors_are_refused(make: Callable[[], Any], tmp_path: Path) -> None:
+    folder = make_sat(tmp_path / "sat", {BIAS: make()})
+    said = refusal(lambda: SatFolder(folder))
+    assert BIAS in said or "not a tensor" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["x", "", ".", "transformer", "transformer.", "mixins.", "a\nb.c", "layers.²", 3, ("a",)]
+)
+def test_odd_names_are_refused(name: Any, release: Path, tmp_path: Path) -> None:
+    file = release / "coglm" / "20000" / "mp_rank_00_model_states.pt"
+    module = torch.load(file, weights_only=True)["module"]
+    torch.save({"module": module | {name: torch.ones(2)}}, file)
+    refusal(lambda: import_released(release, tmp_path / "out", TINY))
+    assert not (tmp_path / "out").exists()
+
+
+def test_unexpected_parameters_can_be_ignored(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = release / "coglm" / "20000" / "mp_rank_00_model_states.pt"
+    module = torch.load(file, weights_only=True)["module"]
+    extra = {"transformer.layers.0.router.weight": torch.zeros(2), "odd": torch.zeros(2)}
+    torch.save({"module": module | extra}, file)
+    assert "unexpected: odd, transformer.layers.0.router" in refusal(
+        lambda: import_released(release, tmp_path / "o", TINY)
+    )
+    report = import_released(release, tmp_path / "out", TINY, ignore_unexpected=True)
+    assert report["ignored"] == sorted(extra)
+    assert load_coglm(tmp_path / "out" / FILES["coglm"]).config == TINY.coglm
+    del module["transformer.final_layernorm.bias"]
+    torch.save({"module": module | extra}, file)
+    said = refusal(lambda: import_released(release, tmp_path / "o", TINY, ignore_unexpected=True))
+    assert "missing: transformer.final_norm.bias" in said
+    assert main(["import", str(release), str(tmp_path / "o"), "--ignore-unexpected"]) == 2  # another preset's sizes
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_sandwich_order_is_seen_in_the_tensors(said: bool, release: Path, tmp_path: Path) -> None:
+    sizes = json.loads(config_of(release).read_text())
+    names = SatFolder(release / "coglm").shapes
+    if not said:
+        del sizes["layernorm_order"]
+    config = sat_config(sizes, TINY.coglm.ids, TINY.coglm.layout, 64, names)
+    assert config == TINY.coglm
+    if not said:
+        assert sat_config(sizes, TINY.coglm.ids, TINY.coglm.layout, 64, []).transformer.norm == "pre"
+        config_of(release).write_text(json.dumps(sizes))
+        import_released(release, tmp_path / "out", TINY)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_import_finds_nan(value: float, release: Path, tmp_path: Path) -> None:
+    file = release / "coglm" / "20000" / "mp_rank_00_model_states.pt"
+    module = torch.load(file, weights_only=True)["module"]
+    module[BIAS][1] = value
+    torch.save({"module": module}, file)
+    assert f"NaN or infinity in {BIAS}" in refusal(lambda: import_released(release, tmp_path / "out", TINY))
+
+
+def test_names_of_one_storage_are_written_as_copies(release: Path, tmp_path: Path) -> None:
+    """As DeepSpeed leaves them, all in one buffer; and the very same tensor under two names."""
+    file = release / "coglm" / "20000" / "mp_rank_00_model_states.pt"
+    module = torch.load(file, weights_only=True)["module"]
+    buffer = torch.cat([value.flatten() for value in module.values()])
+    parts = buffer.split([value.numel() for value in module.values()])
+    module = {name: part.view(value.shape) for (name, value), part in zip(module.items(), parts)}
+    module["transformer.layers.1.mlp.dense_h_to_4h.bias"] = module["transformer.layers.0.mlp.dense_h_to_4h.bias"]
+    torch.save({"module": module}, file)
+    import_released(release, tmp_path / "out", TINY)
+    state = load_coglm(tmp_path / "out" / FILES["coglm"], None).transformer.state_dict()
+    assert torch.equal(state["layers.1.mlp.up.bias"], state["layers.0.mlp.up.bias"])
+    assert torch.equal(state["token_embedding.weight"], module["transformer.word_embeddings.weight"])
+
+
+def test_a_legacy_file_is_read(release: Path, tmp_path: Path) -> None:
+    """Its tensors are not mapped from the file, so their memory must not be given back."""
+    import_released(release, tmp_path / "new", TINY)
+    file = release / "coglm" / "20000" / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    folder = SatFolder(release / "coglm")
+    folder.let_go(folder.shapes)
+    assert not folder.mapped and folder.tensor("transformer.final_layernorm.weight").min() == 1
+    import_released(release, tmp_path / "old", TINY)
+    for path in (tmp_path / "new").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "old" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_refused_pickle_is_one_line(
+    protocol: int, legacy: bool, release: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trap = tmp_path / "trap"
+    file = release / "coglm" / "20000" / "mp_rank_00_model_states.pt"
+    content = {"module": {BIAS: torch.ones(2)}, "x": Attack(trap)}
+    torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refusal(lambda: SatFolder(release / "coglm"))
+    assert main(["import", str(release), str(tmp_path / "out")]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.count("\n") == 1 and not captured.out and not trap.exists()
+
+
+def test_ranks_of_different_shapes(tmp_path: Path) -> None:
+    for name, shapes in ((BIAS, [(2,), (3,)]), ("transformer.layers.0.attention.dense.weight", [(2,), (2,)]),
+                         ("transformer.layers.0.attention.query_key_value.weight", [(4, 2), (4, 2)]),
+                         ("transformer.word_embeddings.weight", [(4, 2), (4, 3)])):  # fmt: skip
+        folder = make_sat(tmp_path / name, *({name: torch.zeros(shape)} for shape in shapes))
+        assert f"{name} cannot be merged from" in refusal(lambda: SatFolder(folder))  # noqa: B023
+
+
+def test_pointers_of_git_lfs_are_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "coglm.safetensors"
+    path.write_text(POINTER)
+    for work in (lambda: load_coglm(path), lambda: open_torch_file(path), lambda: read_json(path)):
+        assert refusal(work) == f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull`"
+    folder = write_tiny(tmp_path / "tiny")
+    (folder / "text.model").write_text(POINTER)
+    assert "Git LFS pointer" in refusal(lambda: CogView2.from_pretrained(folder, TINY))
+
+
+def test_what_is_shown_of_a_file_is_one_short_line() -> None:
+    assert shown("a\n\tb\x1b[31m\u202ec") == "a b [31m c"
+    assert len(shown("x" * 10_000)) == 200
+
+
+def test_a_checked_tensor_is_any_plain_one() -> None:
+    check_tensor("x", torch.ones(2, 3)[:, 1:], "file")
+    check_tensor("x", nn.Parameter(torch.ones(2)), "file")
+
+
+def test_random_weights_pass_the_doctor(tmp_path: Path) -> None:
+    tiny = replace(TINY, n_text_pieces=4500)
+    folder = write_random(tmp_path, tiny, torch.float32)
+    assert not any("UNUSABLE" in line for line in doctor(folder, tiny, verify=True))
+    assert Shards(folder / "coglm.safetensors.index.json").verify() == 1
+    assert isinstance(load_stages(folder, plan_for(folder)).direct, DirectSR)
+
+
+def test_a_tensor_that_an_index_promises_but_a_file_lacks(folder: Path) -> None:
+    change_index(folder, weight_map=index_of(folder)["weight_map"] | {"more": sorted(folder.glob("coglm-*"))[0].name})
+    assert "is damaged (" in refusal(lambda: load_coglm(folder / FILES["coglm"]))
