@@ -23,7 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
 
@@ -184,6 +184,26 @@ def check_finite(name: str, value: Tensor, path: str | Path) -> None:
     # Both ends are NaN where any number is.
     if value.numel() and not all(math.isfinite(end.item()) for end in torch.aminmax(value)):
         raise MiniCogViewError(f"{path} holds NaN or infinity in {shown(name, 80)}: get it again")
+
+
+def check_fits(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise MiniCogViewError if weights do not fit a model, with their names.
+
+    That is: some are missing or unexpected, have the wrong shape, or are integers or booleans where the model computes
+    with floating-point numbers.
+    """
+    own = model.state_dict()
+    both = sorted(own.keys() & state.keys())
+    kinds = [k for k in both if own[k].is_floating_point() and state[k].dtype not in FLOATS]
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "wrong shapes": [f"{k} {tuple(state[k].shape)}" for k in both if state[k].shape != own[k].shape],
+        "wrong types": [f"{k} {state[k].dtype}" for k in kinds],
+    }
+    if any(problems.values()):
+        said = ", ".join(f"{what} {which[:5]}" for what, which in problems.items())
+        raise MiniCogViewError(f"{source} does not fit the model: {shown(said, 800)}")
 
 
 class WeightFile:

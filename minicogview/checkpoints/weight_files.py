@@ -34,6 +34,8 @@ from minicogview.checkpoints.reading import (
     check_counts,
     check_fields,
     check_finite,
+    check_fits,
+    check_tensor,
     compare_checksum,
     content_checksum,
     refusing,
@@ -200,26 +202,6 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 # --- models that share no weights
 
 
-def check_fits(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Raise MiniCogViewError if weights do not fit a model, with their names.
-
-    That is: some are missing or unexpected, have the wrong shape, or are integers or booleans where the model computes
-    with floating-point numbers.
-    """
-    own = model.state_dict()
-    both = sorted(own.keys() & state.keys())
-    kinds = [k for k in both if own[k].is_floating_point() and state[k].dtype not in FLOATS]
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "wrong shapes": [f"{k} {tuple(state[k].shape)}" for k in both if state[k].shape != own[k].shape],
-        "wrong types": [f"{k} {state[k].dtype}" for k in kinds],
-    }
-    if any(problems.values()):
-        said = ", ".join(f"{what} {which[:5]}" for what, which in problems.items())
-        raise MiniCogViewError(f"{source} does not fit the model: {shown(said, 800)}")
-
-
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
     """Put weights into a model; raises as ``check_fits`` does.
 
@@ -351,6 +333,8 @@ def load_part(
     known = ""
     if isinstance(base, Path):
         _, coglm = load_weights(base, "coglm", dtype)
+        for name, value in coglm.items():
+            check_tensor(name, value, base)
         weights = {name.removeprefix("transformer."): value for name, value in coglm.items()}
         known = identity(base) or fingerprint_of(weights)
     elif base is not None:

@@ -22,13 +22,12 @@ import torch
 
 from minicogview.checkpoints.importing import MODELS, RELEASED, check_source, check_vqvae, find_parts
 from minicogview.checkpoints.models import check_fit, find_folder, stage_config
-from minicogview.checkpoints.reading import check_finite, compare_checksum, refuse_pointer
+from minicogview.checkpoints.reading import check_finite, check_fits, compare_checksum, refuse_pointer
 from minicogview.checkpoints.sat import SatFolder
 from minicogview.checkpoints.shards import INDEX, Shards
 from minicogview.checkpoints.weight_files import (
     FILES,
     build,
-    check_fits,
     has_weights,
     load_config,
     load_part,
