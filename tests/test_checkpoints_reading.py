@@ -49,6 +49,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.pipeline import CogView2
 from minicogview.super_resolution import DirectSR
+from minicogview.vqvae import VQVAE
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 10805768\n"
 
@@ -243,6 +244,11 @@ def test_another_base_is_refused_or_warned_of(folder: Path, tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="was trained on top of another coglm.*its pictures may be poor"):
         loaded = load_stages(folder, plan, allow_other_base=True).direct
     assert good is not None and loaded is not None
+    shutil.copyfile(SHIPPED / "text.model", folder / "text.model")
+    save_model(folder / FILES["vqvae"], VQVAE(TINY.vqvae), TINY.vqvae, "vqvae")
+    refusal(lambda: CogView2.from_pretrained(folder, TINY))
+    with pytest.warns(UserWarning, match="was trained on top of another coglm"):
+        assert CogView2.from_pretrained(folder, TINY, allow_other_base=True).n_stages == 2
     assert fingerprint(loaded.base) == fingerprint(load_coglm(folder / FILES["coglm"]).transformer)
     with pytest.warns(UserWarning, match="trained on top of another"):
         load_direct(folder / FILES["direct"], other.transformer, allow_other_base=True)
