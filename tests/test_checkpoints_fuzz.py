@@ -179,10 +179,14 @@ def test_indexes(copied: Any, data: st.DataObject) -> None:
     with copied("index") as (folder, calm):
         kind = data.draw(st.sampled_from(["coglm", "direct"]))
         path = folder / f"{kind}.safetensors.index.json"
-        if data.draw(st.integers(0, 9)) == 0:
-            path.write_text(data.draw(DEEP))
-        else:
-            path.write_text(json.dumps(changed(data.draw, json.loads(path.read_text()))))
+        content, how = json.loads(path.read_text()), data.draw(st.sampled_from(["deep", "names", "values"]))
+        if how == "names":  # the checksums are left out, so that nothing but the names is wrong
+            weights = data.draw(st.lists(st.sampled_from(sorted(content["weight_map"])), min_size=1, max_size=3))
+            content["weight_map"] |= {weight: data.draw(NAMES) for weight in weights}
+            content["sha256"] = {}
+        elif how == "values":
+            content = changed(data.draw, content)
+        path.write_text(data.draw(DEEP) if how == "deep" else json.dumps(content))
         load_everything(folder, calm)
 
 
