@@ -88,6 +88,7 @@ class CogView2:
         offload: bool = False,
         memory: str | Plan = "auto",
         dtype: str = "auto",
+        allow_other_base: bool = False,
     ) -> CogView2:
         """Load a preset whose weights ship with the package, or a folder of weights.
 
@@ -102,6 +103,7 @@ class CogView2:
             memory: how much memory to use, such as "6GB", from which a plan for each stage's weights is made
                 (``scale/plan.py``); "auto": all that is free. Or a plan.
             dtype: "float32", "bfloat16" or "float16", for computing; "auto": depends on the size of the model.
+            allow_other_base: warn, instead of raising, if a super-resolution stage was trained on top of another CogLM.
 
         Raises:
             MiniCogViewError: if there is no such preset or folder, a file is missing, damaged or belongs to another
@@ -111,7 +113,7 @@ class CogView2:
         if preset is None and isinstance(source, str) and source in PRESETS:
             preset = source
         plan = memory if isinstance(memory, Plan) else plan_for(folder, memory, dtype, device, offload)
-        coglm, direct, iterative, weights = load_stages(folder, plan)
+        coglm, direct, iterative, weights = load_stages(folder, plan, allow_other_base)
         vqvae = load_vqvae(folder / "vqvae.safetensors").to(plan.device)
         chosen = preset if isinstance(preset, Preset) else preset_of(preset, coglm.config, vqvae.config, folder)
         tokenizer = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, chosen.level)
