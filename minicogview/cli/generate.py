@@ -118,7 +118,7 @@ def draw(model: CogView2, text: str, keep: int | None, drawing: DrawingOptions, 
                 bar.set_description(f"{shorten(text)}: {stage}")
             bar.update(done - bar.n)
 
-        return model.generate(text, drawing.n, drawing.seed, on_step, keep, drawing.stages, **sampling)
+        return model.generate(text, drawing.n, drawing.seed, on_step, keep, drawing.stages, None, **sampling)
 
 
 def save_pictures(pictures: Pictures, out: Path, stem: str, scale: int) -> Report:
