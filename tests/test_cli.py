@@ -109,11 +109,81 @@ def test_sampling_options_reach_the_sampler(tiny: list[str], capsys: pytest.Capt
     assert np.array_equal(first, second)  # the likeliest tokens
 
 
+def test_nothing_is_overwritten_unless_asked_for(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def files(text: str, *options: str) -> list[str]:
+        (report,) = run_json(capsys, "generate", text, *tiny, "--n", "1", "--out", "out", *options)
+        return [Path(path).name for path in (*report["files"], report["sheet"])]
+
+    assert files("red apple") == ["red-apple_0.png", "contact_sheet.png"]
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert files("Red apple!") == ["red-apple-2_0.png", "contact_sheet-2.png"]
+    assert files("red apple", "--seed", "1") == ["red-apple-3_1.png", "contact_sheet-3.png"]
+    assert all(Path("out", name).read_bytes() == content for name, content in before.items())
+    assert files("cat", "--overwrite") == ["cat_0.png", "contact_sheet.png"]
+    assert files("Red apple!", "--overwrite", "--temperature", "0") == ["red-apple_0.png", "contact_sheet.png"]
+    assert len(list(Path("out").iterdir())) == 7
+    assert Path("out/red-apple_0.png").read_bytes() != before["red-apple_0.png"]
+    Image.new("RGB", (9, 9)).save("photo.png")
+    for name in ("cat_vary_0.png", "cat_vary-2_0.png"):
+        (file,) = run_json(capsys, "vary", "cat", "photo.png", *tiny, "--n", "1", "--out", "out")["files"]
+        assert Path(file).name == name
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_each_picture_is_written_when_it_is_done(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: BaseException
+) -> None:
+    save = Image.Image.save
+
+    def fail_at_the_third(self: Image.Image, path: Any, *args: Any, **options: Any) -> None:
+        if "cat_2" in str(path):
+            raise reason
+        save(self, path, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail_at_the_third)
+    status, out, err = run(capsys, "generate", "cat", *tiny, "--n", "5", "--out", "out")
+    stopped = isinstance(reason, KeyboardInterrupt)
+    assert (status, out, err.count("\n")) == (130 if stopped else 2, "", 1)
+    assert ("finished pictures are saved" if stopped else "No space left on device") in err
+    assert {"cat_0.png", "cat_1.png"} <= {path.name for path in Path("out").iterdir()}
+    assert not {"cat_2.png", "cat_3.png"} & {path.name for path in Path("out").iterdir()}
+
+
+def test_the_home_folder_is_understood(
+    tiny: list[str], weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(weights.parent))
+    options = ["--weights", f"~/{weights.name}", "--n", "1", "--out", "~/pictures"]
+    (report,) = run_json(capsys, "generate", "cat", *options)
+    assert report["files"] == [str(weights.parent / "pictures/cat_0.png")] and not Path("~").exists()
+    for wrong in ("~nobody-of-this-name/x\0", "x\0"):
+        status, _, err = run(capsys, "train", "text", "--out", wrong)
+        assert status == 2 and "cannot write into" in err and err.count("\n") == 1
+
+
+def test_a_contact_sheet_of_many_pictures_stays_small() -> None:
+    small, large = Image.new("RGB", (96, 96)), Image.new("RGB", (480, 480))
+    assert cli_generate.sheet_scale([[small] * 4]) >= 3 and cli_generate.sheet_scale([[small] * 4, [small] * 800]) == 2
+    assert cli_generate.sheet_scale([[large] * 10_000]) == 1
+
+
 def test_file_names() -> None:
     taken: set[str] = set()
     texts = ["A red apple!", "a red apple?", "猫 脸", "🍎", "../../etc", "x" * 300]
     stems = [cli_generate.free_stem(text, taken) for text in texts]
     assert stems == ["a-red-apple", "a-red-apple-2", "猫-脸", "picture", "etc", "x" * 40]
+
+
+WRONG_TRAINING = [
+    *((part, "lr", wrong) for part in ("vqvae", "coglm", "iterative") for wrong in ("nan", "-1", "inf", "1e30", "0")),
+    *((part, "steps", wrong) for part in ("vqvae", "direct") for wrong in ("-1", "100000000000")),
+    *((part, "seed", wrong) for part in ("vqvae", "coglm") for wrong in ("-1", "1" * 22)),
+    *(("coglm", "batch-size", wrong) for wrong in ("0", "-1", "1000000000")),
+    *(("direct", "weight-decay", wrong) for wrong in ("nan", "-1", "inf")),
+    *(("direct", "ema-decay", wrong) for wrong in ("nan", "-0.1", "1.1")),
+    ("coglm", "steps", "0"), ("coglm", "warmup", "-1"), ("coglm", "judge-every", "-1"), ("coglm", "judge-every", "0"),
+    ("vqvae", "coarse-steps", "-1"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -125,13 +195,20 @@ def test_file_names() -> None:
         (["generate", "apple " * 60], "text has 60 tokens, at most 48 fit"),
         (["generate", "cat", "--n", "0"], "--n is 0"),
         (["generate", "cat", "--n", "-3"], "--n is -3"),
-        (["generate", "cat", "--n", "2", "--keep", "3"], "--keep is 3: keep 1 to 2"),
+        (["generate", "cat", "--n", "2", "--keep", "3"], "--keep is 3: give an integer from 1 to 2"),
         (["generate", "cat", "dog", "--seed", "-1"], "--seed is -1"),
         (["generate", "cat", "--scale", "0"], "--scale is 0"),
-        (["generate", "cat", "dog", "--temperature", "-1"], "temperature -1.0 is below 0"),
+        (["generate", "cat", "dog", "--temperature", "-1"], "--temperature is -1.0: give a number from 0 to 1000"),
         (["generate", "cat", "--temperature", "nan"], "temperature is nan"),
-        (["generate", "cat", "--top-k", "0"], "top_k 0"),
-        (["generate", "cat", "--stages", "4"], "--stages is 4: these weights have 1 to"),
+        (["generate", "cat", "--top-k", "0"], "--top-k is 0"),
+        (["generate", "cat", "--n", "1000000000"], "--n is 1000000000: give an integer from 1 to 10000"),
+        (["generate", "cat", "--seed", "1" * 22], "--seed is " + "1" * 22 + ": give an integer from 0"),
+        (["generate", "cat", "--scale", "1000000"], "--scale is 1000000: give an integer from 1 to 256"),
+        (["generate", "cat", "--guidance", "-5"], "--guidance is -5.0: give a number from 0 to 1000"),
+        (["generate", "cat", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["generate", "cat", "--memory", "9" * 25], "memory '" + "9" * 25 + "': write auto"),
+        (["generate", "cat", "--stages", "0"], "--stages is 0"),
+        (["generate", "cat", "--stages", "4"], "--stages is 4: give an integer from 1 to"),
         (["generate", "cat", "--style", "cubist"], "unknown style 'cubist'"),
         (["generate", "cat", "--out", "file"], "cannot write into file (it is a file)"),
         (["generate", "cat", "--out", "file/folder"], "cannot write into file/folder"),
@@ -140,9 +217,25 @@ def test_file_names() -> None:
         (["generate", "cat", "--weights", "nowhere"], "'nowhere' is neither a preset"),
         (["generate", "cat", "--weights", "."], "coglm.safetensors is missing"),
         (["info", "toyy"], "unknown preset 'toyy'"),
-        (["info", "toy", "--text-tokens", "49"], "takes 1 to 48"),
+        (["info", "toy", "--text-tokens", "49"], "--text-tokens is 49: give an integer from 1 to 48"),
         (["evaluate", "retrieval", "--preset", "toyy"], "unknown preset 'toyy'"),
-        (["evaluate", "tokenizer", "--size", "33"], "33x33 pixels cannot be cut"),
+        *((["evaluate", "retrieval", "--limit", wrong], f"--limit is {wrong}: give") for wrong in ("0", "-1")),
+        (["evaluate", "retrieval", "--seed", "-1"], "--seed is -1"),
+        (["evaluate", "retrieval", "--split", "everything"], "invalid choice 'everything' for argument '--split'"),
+        (["evaluate", "captioning", "--n-pictures", "0"], "--n-pictures is 0"),
+        (["evaluate", "captioning", "--n-names", "1"], "--n-names is 1: give an integer from 2"),
+        (["evaluate", "captioning", "--seed", "-1"], "--seed is -1"),
+        (["evaluate", "infilling", "--n-pictures", "-1"], "--n-pictures is -1"),
+        (["evaluate", "selection", "--n", "0"], "--n is 0"),
+        (["evaluate", "selection", "--temperature", "nan"], "--temperature is nan"),
+        (["evaluate", "sharpness", "--limit", "0"], "--limit is 0"),
+        (["evaluate", "sharpness", "--device", "meta"], "device 'meta' cannot be used here"),
+        *((["evaluate", "tokenizer", "--size", wrong], f"--size is {wrong}: give") for wrong in ("1", "7", "100000")),
+        (["evaluate", "tokenizer", "--level", "3"], "--level is 3: give an integer from 0 to 2"),
+        (["evaluate", "tokenizer", "--device", "meta"], "device 'meta' cannot be used here"),
+        *((["train", part, f"--{option}", wrong], f"--{option} is ") for part, option, wrong in WRONG_TRAINING),
+        *((["train", part, "--device", "meta"], "device 'meta' cannot") for part in ("vqvae", "coglm", "direct")),
+        (["evaluate", "tokenizer", "--size", "33"], "--size is 33: give a multiple of 4"),
         (["train", "coglm", "--preset", "toyy"], "unknown preset 'toyy'"),
         (["train", "coglm", "--out", "file"], "it is a file"),
         (["train", "vqvae", "--out", "file"], "it is a file"),
@@ -196,9 +289,11 @@ def test_a_bad_text_does_not_stop_the_others(tiny: list[str], capsys: pytest.Cap
 
 def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["nothing"], ["generate", "cat", "--n", "many"], ["evaluate", "retrieval", "--lang", "fr"]):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
+        status, out, err = run(capsys, *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("minicogview: ")
+    assert "--n is 'many': give an integer" in run(capsys, "generate", "cat", "--n", "many")[2]
+    assert "--temperature is 'hot': give a number" in run(capsys, "vary", "a", "b", "--temperature", "hot")[2]
+    assert "Unrecognized options: --nn" in run(capsys, "generate", "cat", "--nn=3")[2]
 
 
 @pytest.mark.parametrize("command", ["edit", "vary", "outpaint"])
@@ -277,14 +372,15 @@ def test_vary_and_outpaint(tiny: list[str], capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "cat"], "stopped; the pictures of finished texts are saved"),
+        (["generate", "cat"], "stopped; finished pictures are saved"),
         (
             ["edit", "cat", "photo.png", "--box", "0", "0", "1", "1"],
             "stopped; pictures are saved only when all are drawn",
         ),
         (["evaluate", "retrieval"], "stopped; nothing was saved"),
         (["import", ".", "out"], "stopped; run the same command again to resume; complete files are kept"),
-        (["train", "vqvae"], "stopped; run the same command again to resume from the last checkpoint"),
+        (["train", "vqvae"], "stopped; run the same command again to resume from its last checkpoint, if it has one"),
+        (["train", "text"], "stopped; nothing was saved"),
         (["doctor", "toy"], "stopped"),
         (
             ["evaluate", "captioning", "--weights=random"],
@@ -304,7 +400,7 @@ def test_ctrl_c_says_what_is_left(
 
     for work in (
         "cli.shared.WeightsOptions.load", "cli.doctor.doctor", "checkpoints.importing.import_released",
-        "training.vqvae.train",
+        "training.vqvae.train", "training.text.train_toy",
     ):  # fmt: skip
         monkeypatch.setattr(f"minicogview.{work}", stop)
     monkeypatch.chdir(tmp_path)

@@ -212,8 +212,24 @@ def test_bad_settings_and_folder(tmp_path):
         run(tmp_path, optimizer="sgd")
     with pytest.raises(MiniCogViewError, match="device 'abacus' cannot be used"):
         run(tmp_path, device="abacus")
-    with pytest.raises(MiniCogViewError, match="steps=0"):
-        run(tmp_path, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("lr", value) for value in (0, -1, float("nan"), float("inf"), 1e30, "1e-3", None)),
+        *(("steps", value) for value in (0, -1, 1.5, "9")),
+        *(("weight_decay", value) for value in (float("nan"), -1, float("inf"))),
+        *((every, value) for every in ("log_every", "save_every", "validate_every") for value in (0, -1, 0.5)),
+        ("warmup", -1), ("grad_clip", 0), ("ema_decay", 1.1), ("betas", (0.9, 1.0)), ("betas", (0.9,)),
+        ("max_seconds", -1), ("save_every_s", None), ("log_every", None),
+    ],
+)  # fmt: skip
+def test_numbers_outside_of_their_range_are_refused(name: str, wrong: object) -> None:
+    with pytest.raises(MiniCogViewError, match=rf"^{name} is .*: give ") as caught:
+        dataclasses.replace(SETTINGS if hasattr(SETTINGS, name) else OPTIONS, **{name: wrong})
+    assert "\n" not in str(caught.value)
+    assert dataclasses.replace(SETTINGS, steps=5.0).steps == 5
 
 
 def test_works_without_tensorboard(tmp_path, monkeypatch, capsys):

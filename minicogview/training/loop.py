@@ -28,6 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import checked
 from minicogview.scale.machine import pick_device, training_precision
 from minicogview.training.log import Log
 from minicogview.training.optimizers import learning_rate, make_optimizers
@@ -59,6 +60,11 @@ class RunOptions:
     validate_every: int | None = None
     log_every: int = 20
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_seconds", "save_every_s", "save_every", "validate_every", "log_every"):
+            if getattr(self, name) is not None or name in ("save_every_s", "log_every"):
+                object.__setattr__(self, name, checked(name, getattr(self, name)))
 
 
 DEFAULTS = RunOptions()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import checked, number
 
 Precision = Literal["auto", "fp32", "bf16"]
 OptimizerName = Literal["adamw", "muon"]
@@ -76,8 +77,11 @@ class Settings:
     optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.warmup < 0:
-            raise MiniCogViewError(f"steps={self.steps}, warmup={self.warmup}: need steps >= 1 and warmup >= 0")
+        for name in ("steps", "lr", "warmup", "weight_decay", "grad_clip", "ema_decay"):
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        if len(self.betas) != 2:
+            raise MiniCogViewError(f"betas is {self.betas}: give two numbers, such as (0.9, 0.95)")
+        object.__setattr__(self, "betas", tuple(number(beta, "betas", 0, 0.99999) for beta in self.betas))
         for name, known in (("precision", Precision), ("optimizer", OptimizerName)):
             chosen = getattr(self, name)
             if chosen not in get_args(known):

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicogview.data.captions import LANGUAGES
+from minicogview.numbers import MANY, number
 from minicogview.super_resolution import DirectSR, text_slots
 from minicogview.tokenizer import Tokenizer
-from minicogview.training.coglm import neighbours
+from minicogview.training.coglm import check_recipe, neighbours
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class SuperResolutionRecipe:
     softness: float = 1.5  # of the targets, see ``soft_targets``; 0: the true code alone
     n_neighbours: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_recipe(self, "no_caption", "max_noise")
+        object.__setattr__(self, "softness", number(self.softness, "softness", 0, MANY))
 
 
 def replace_codes(codes: Tensor, near: Tensor, max_noise: float, rng: np.random.Generator) -> Tensor:
