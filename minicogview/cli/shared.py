@@ -35,6 +35,14 @@ Report = dict[str, Any]
 RANDOM = "random"  # may be given in place of a folder of weights
 
 
+def at_home(path: Path) -> Path:
+    """The path with "~" replaced by the home folder, where there is one."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 @dataclass(frozen=True)
 class WeightsOptions:
     """Which weights to use, and how to run them.
@@ -173,14 +181,6 @@ def check_folder(folder: Path) -> None:
         for path in made:
             with suppress(OSError, ValueError):
                 path.rmdir()
-
-
-def at_home(path: Path) -> Path:
-    """The path with "~" replaced by the home folder, where there is one."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def one_line(error: Exception | str) -> str:
