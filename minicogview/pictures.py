@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
@@ -183,8 +184,8 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], scale: int = 1, columns
     return sheet
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG file, either complete or not at all; its folder is created if needed.
+def save(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a PNG file with these texts by name, either complete or not at all; its folder is created if needed.
 
     Raises:
         MiniCogViewError: if the folder cannot be created or written to.
@@ -192,8 +193,16 @@ def save(image: Image.Image, path: Path) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part, format="PNG")
+        image.save(part, format="PNG", pnginfo=text_chunks(texts or {}))
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise MiniCogViewError(f"cannot write {path} ({error.strerror}): choose another folder") from None
+
+
+def text_chunks(texts: Mapping[str, str]) -> PngInfo:
+    """Texts as chunks of a PNG file, in UTF-8."""
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    return info

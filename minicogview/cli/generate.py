@@ -27,6 +27,7 @@ from minicogview.cli.shared import (
     one_line,
     print_json,
 )
+from minicogview.cli.show import chunks, describe
 from minicogview.errors import MiniCogViewError
 from minicogview.numbers import check_all, integer
 
@@ -84,6 +85,8 @@ def generate(
     scale = scale or scale_to(width, LARGE)
     integer(scale, "--scale", 1, max(1, WIDEST // width), f"pictures of at most {WIDEST} pixels")
 
+    asked = {"style": style, "scale": scale}
+    record = describe(model, source, drawing, sampling, **asked)
     reports: list[Report] = []
     rows, stems = [], set[str]()
     old = None if drawing.overwrite else drawing.out  # the folder whose files must stay
@@ -96,16 +99,18 @@ def generate(
             continue
         stem = free_stem(text, stems, old)
 
-        def finished(seed: int, image: Image, stem: str = stem) -> None:
-            save(enlarge(image, scale), drawing.out / f"{stem}_{seed}.png")
+        def finished(seed: int, image: Image, text: str = text, stem: str = stem) -> None:
+            save(enlarge(image, scale), drawing.out / f"{stem}_{seed}.png", chunks(text, record, n=1, seed=seed))
 
         pictures = draw(model, chosen.text(text), keep, drawing, sampling, finished)
         reports.append({"text": text, **report_of(pictures, drawing.out, stem)})
         rows.append(pictures.images)
     if rows:
         sheet = drawing.out / f"{unused('contact_sheet', set(), old, '')}.png"
-        save(contact_sheet(rows, min(scale, sheet_scale(rows))), sheet)
-        reports = [{**report, "sheet": str(sheet)} if "files" in report else report for report in reports]
+        drawn = [report["text"] for report in reports if "files" in report]
+        about = chunks(drawn, record | {"keep": keep}, n=drawing.n, seed=drawing.seed)
+        save(contact_sheet(rows, min(scale, sheet_scale(rows))), sheet, about)
+        reports = [{**report, "sheet": str(sheet), **record} if "files" in report else report for report in reports]
     print_json(reports) if drawing.json else print_reports(reports)
     return 2 if len(rows) < len(texts) else 0
 

@@ -22,6 +22,7 @@ from minicogview.cli.edit import edit, outpaint, vary
 from minicogview.cli.evaluate import captioning, infilling, retrieval, selection, sharpness, tokenizer
 from minicogview.cli.generate import generate
 from minicogview.cli.shared import complain, one_line, print_json
+from minicogview.cli.show import show
 from minicogview.cli.train import train_coglm, train_direct, train_iterative, train_text, train_vqvae
 from minicogview.cli.weights import doctor, import_weights
 from minicogview.config import get_preset
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Any] = {
         "tokenizer": tokenizer,
     },
     "import": import_weights,
+    "show": show,
     "doctor": doctor,
     "info": info,
 }

@@ -45,6 +45,7 @@ def train_vqvae(
     seed: int = 0,
     device: str = "auto",
     resume: bool = True,
+    force: bool = False,
     json: bool = False,
 ) -> int:
     """Train the toy's picture tokenizer on the emoji; the defaults made the shipped one.
@@ -58,7 +59,8 @@ def train_vqvae(
         start_from: weight file to start from.
         seed: of weights and batches.
         device: auto, cpu, cuda, cuda:1, ...
-        resume: continue from the checkpoint in the folder, if there is one.
+        resume: continue from the checkpoint in the folder, if there is one; more --steps extend a finished run.
+        force: resume although settings or data are others than those that the run began with.
         json: print the result as JSON.
     """
     check_all("--", coarse_steps=coarse_steps, lr=lr, seed=seed)
@@ -72,7 +74,7 @@ def train_vqvae(
 
     settings = replace(vqvae.FINEST, lr=lr, precision=precision)
     finest, coarser = (replace(settings, steps=n) if n else None for n in (steps, coarse_steps))
-    options = RunOptions(device=device, resume=resume, progress=not json)
+    options = RunOptions(device=device, resume=resume, force=force, progress=not json)
     return show(vqvae.train(out, finest, coarser, options, seed=seed, start_from=start_from), json)
 
 
@@ -97,7 +99,8 @@ class StageOptions:
         seed: of weights and batches.
         device: auto, cpu, cuda, cuda:1, ...
         compile: compile the model first, which takes a minute or more.
-        resume: continue from the checkpoint in the folder, if there is one.
+        resume: continue from the checkpoint in the folder, if there is one; more --steps extend a finished run.
+        force: resume although settings or data are others than those that the run began with.
         json: print the result as JSON.
     """
 
@@ -117,6 +120,7 @@ class StageOptions:
     device: str = "auto"
     compile: bool = False
     resume: bool = True
+    force: bool = False
     json: bool = False
 
     def __post_init__(self) -> None:
@@ -140,8 +144,8 @@ class StageOptions:
             ema_decay=self.ema_decay, precision=self.precision, optimizer=self.optimizer,
         )  # fmt: skip
         options = RunOptions(
-            device=self.device, resume=self.resume, compile=self.compile, validate_every=self.judge_every,
-            progress=not self.json,
+            device=self.device, resume=self.resume, force=self.force, compile=self.compile,
+            validate_every=self.judge_every, progress=not self.json,
         )  # fmt: skip
         common = (sizes, self.source(), self.out, settings, options)
         if name == "coglm":

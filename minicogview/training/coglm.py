@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
 from minicogview.numbers import MANY, checked, integer, number
 from minicogview.tokenizer import Tokenizer
+from minicogview.training.state import checksum
 
 TASKS = ("draw", "caption", "complete", "text")
 
@@ -144,6 +145,13 @@ class CogLMObjective:
         batch = self.batch(step).to(device)
         loss = self.model(batch, self.targets.to(device), self.recipe.text_weight)
         return loss, {"samples": len(batch.tokens), "tokens": batch.tokens.numel()}
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the result besides the settings: the recipe, the pictures and their texts."""
+        first = range(min(32, len(self.data.codes)))
+        texts = [self.data.tokenizer.encode(self.data.describe(i, "en", random.Random(i))) for i in first]
+        said = torch.tensor([token for text in texts for token in text])
+        return {**asdict(self.recipe), "pictures": checksum(self.data.codes), "texts": checksum(said)}
 
     def validate(self) -> dict[str, float]:
         """The values of the function that was given as ``validate``; none without it."""

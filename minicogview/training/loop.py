@@ -37,11 +37,13 @@ from minicogview.training.state import EMA, Checkpoint, Objective, Settings
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out. None of this decides the resulting weights, so it may differ after a resume.
+    """How a run is carried out. None of this but ``force`` decides the weights, so it may differ in a resume.
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", ...; see ``scale.machine.pick_device``.
-        resume: continue from the folder's checkpoint if there is one; otherwise it is overwritten.
+        resume: continue from the folder's checkpoint if there is one; otherwise it is overwritten. A finished run is
+            extended if ``settings.steps`` has grown: the learning rate goes on where the longer schedule has it.
+        force: resume although settings or data are others than those that the run began with.
         compile: compile the model's forward pass. Compiled kernels may round differently.
         max_seconds: stop (and save) after this time; None: never.
         save_every_s, save_every: seconds and (if given) updates between checkpoints.
@@ -53,6 +55,7 @@ class RunOptions:
 
     device: str = "auto"
     resume: bool = True
+    force: bool = False
     compile: bool = False
     max_seconds: float | None = None
     save_every_s: float = 120.0
@@ -115,7 +118,8 @@ class Run:
         make_folder(folder)
         model = objective.model.to(self.device).train()
         self.optimizers, self.ema = make_optimizers(model, settings), EMA(model, settings.ema_decay)
-        self.checkpoint = Checkpoint(folder / "checkpoint.pt", objective, self.optimizers, self.ema, settings)
+        path, force = folder / "checkpoint.pt", options.force
+        self.checkpoint = Checkpoint(path, objective, self.optimizers, self.ema, settings, force)
         self.start = self.done = self.resume()
         self.settings = self.checkpoint.settings  # with a precision that is no longer "auto"
         if options.compile:
@@ -212,7 +216,7 @@ class Run:
         return {
             "step": self.done,
             "steps": self.settings.steps,
-            "finished": self.done == self.settings.steps,
+            "finished": self.done >= self.settings.steps,
             "start": self.start,
             "seconds": time.monotonic() - self.began,
             "train": self.train,
@@ -238,9 +242,10 @@ class Run:
         """Raise MiniCogViewError if the latest update was broken, before it reaches the log or a checkpoint."""
         for key in ("loss", "grad_norm"):
             if not math.isfinite(value := float(self.scalars[key])):
+                saved = self.checkpoint.step
+                left = "no checkpoint was written" if saved is None else f"the checkpoint of step {saved} is still good"
                 raise MiniCogViewError(
-                    f"{key} became {value} at step {self.done - 1}: lower lr, lengthen warmup, or use fp32; "
-                    "the last checkpoint is still good"
+                    f"{key} became {value} at step {self.done - 1}: lower lr, lengthen warmup, or use fp32; {left}"
                 )
 
 

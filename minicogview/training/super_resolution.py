@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from minicogview.numbers import MANY, number
 from minicogview.super_resolution import DirectSR, text_slots
 from minicogview.tokenizer import Tokenizer
 from minicogview.training.coglm import check_recipe, neighbours
+from minicogview.training.state import checksum
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Pairs:
         rows = [rng.randrange(len(self.fine)) for _ in range(size)]
         texts = [self.tokenizer.encode(self.describe(row, rng.choice(LANGUAGES), rng)) for row in rows]
         return torch.tensor(rows), [[] if rng.random() < no_caption else text for text in texts]
+
+
+    def checksums(self) -> dict[str, str]:
+        """What tells these pictures and their texts from others."""
+        first = range(min(32, len(self.fine)))
+        texts = [self.tokenizer.encode(self.describe(i, "en", random.Random(i))) for i in first]
+        said = torch.tensor([token for text in texts for token in text])
+        return {"pictures": checksum(self.coarse, self.fine, self.start), "texts": checksum(said)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class DirectObjective:
         self.model, self.pairs, self.recipe = model, pairs, recipe
         self.near = neighbours(codebook, recipe.n_neighbours)
         self.targets = soft_targets(codebook, recipe.softness)
-        self._validate = validate
+        self._validate, self.train_base = validate, train_base
         model.base.requires_grad_(train_base)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -121,6 +131,10 @@ class DirectObjective:
         _, hidden = self.model(slots, coarse, start)  # (B, F, D)
         labels = self.pairs.fine[rows]
         return fine_loss(self.model.base.logits(hidden, len(self.targets)), labels, self.targets)
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the result besides the settings: the recipe and the data."""
+        return {**asdict(self.recipe), "train_base": self.train_base, **self.pairs.checksums()}
 
     def validate(self) -> dict[str, float]:
         """The values of the function that was given as ``validate``; none without it."""
