@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PictureFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
 LARGE = 2 * 10**9  # bytes: single files of this size are not read again for their checksum
 OPTIONS = ("keep", "temperature", "top_k", "guidance", "style", "stages", "scale")
-PLACES = ("preset", "weights", "memory", "dtype", "device")
+PLACES = ("preset", "weights", "memory", "dtype", "device", "offload")
 
 
 def show(picture: PictureFile, /, json: bool = False) -> int:
@@ -78,7 +78,7 @@ def describe(
         **options,
         "stages": drawing.stages or model.n_stages,
         "settings": settings | later,
-        "weights": {name: str(value) for name, value in places.items() if value is not None},
+        "weights": {name: value if value is True else str(value) for name, value in places.items() if value},
         "sha256": {} if source.weights == Path(RANDOM) else checksums(source.folder()),
         "plan": str(model.plan),
         "versions": {"minicogview": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -143,7 +143,9 @@ def command_of(record: dict[str, Any]) -> str:
     values = record["settings"] | {name: value for name, value in record.items() if name in OPTIONS}
     values |= {name: value for name, value in (weights if isinstance(weights, dict) else {}).items() if name in PLACES}
     for name in (*OPTIONS, *PLACES):
-        if isinstance(value := values.get(name), (str, int, float)):
+        if (value := values.get(name)) is True:
+            words.append(f"--{name}")
+        elif isinstance(value, (str, int, float)) and value is not False:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return " ".join(shlex.quote(printable(str(word))) for word in words)
 
