@@ -59,7 +59,7 @@ RANGES = {
     "limit": Range(1, MANY, whole=True),
     "n_pictures": Range(1, MANY, whole=True),
     "n_names": Range(2, MANY, whole=True),
-    "size": Range(4, 1024, whole=True),  # pixels along each side
+    "size": Range(11, 1024, whole=True),  # pixels along each side; the window of SSIM has 11
     "level": Range(0, 2, whole=True),
 }
 
