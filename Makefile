@@ -45,7 +45,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	@touch $(VENV)/.plain $@
 
 demo: $(VENV)/.plain
-	$(VENV)/bin/minicogview generate $(DEMO_TEXTS) --n 4 --seed 0 --out demo
+	$(VENV)/bin/minicogview generate $(DEMO_TEXTS) --n 4 --seed 0 --out demo --overwrite
 	@echo "The pictures are in $(CURDIR)/demo"
 
 # One thread a process: two workers with two threads each would wait for one another on two cores.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minicogview.colour import alike, in_profile_of
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Pictures
+from minicogview.results import Pictures
 
 Box = tuple[int, int, int, int]
 MAX_TOTAL = 2**29  # pixels of all edited pictures together, 2 GB

@@ -301,3 +301,15 @@ def load_text_model(model: str | Path | bytes) -> sentencepiece.SentencePiecePro
             f"text model {name} is damaged or no SentencePiece model: copy it again, or reinstall minicogview"
         )
     return processor
+
+
+def check_codes(codes: Tensor, grid: int, n_codes: int) -> Tensor:
+    """Picture codes (grid, grid) as int64; raises MiniCogViewError if they have another shape, type or range."""
+    whole = not codes.is_floating_point() and not codes.is_complex() and codes.dtype != torch.bool
+    if not whole or codes.shape != (grid, grid) or codes.min() < 0 or codes.max() >= n_codes:
+        limits = f", from {codes.min()} to {codes.max()}" if codes.numel() and not codes.is_complex() else ""
+        raise MiniCogViewError(
+            f"codes of shape {tuple(codes.shape)} and type {codes.dtype}{limits}: "
+            f"give ({grid}, {grid}) with values 0..{n_codes - 1}, or a picture"
+        )
+    return codes.long()

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from minicogview.colour import alike
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Picture, Pictures, check_pixels, to_image
+from minicogview.numbers import number, seeds_of
+from minicogview.pictures import Picture, check_pixels, to_image
 from minicogview.pipeline import CogView2
+from minicogview.results import Pictures
 
 
 def random_region(grid: int, share: float, seed: int) -> Tensor:
     """A random ``share`` (above 0, at most 1) of the cells, at least one, as (grid, grid) bool."""
-    if not 0 < share <= 1:
-        raise MiniCogViewError(f"share is {share}: give the part of the picture to draw anew, above 0 and at most 1")
+    share = number(share, "share", 0, 1, above=True, hint="the part of the picture to draw anew")
     order = torch.randperm(grid * grid, generator=torch.Generator().manual_seed(seed))
     region = torch.zeros(grid * grid, dtype=torch.bool)
     region[order[: max(1, round(share * grid * grid))]] = True
@@ -30,7 +31,7 @@ def random_region(grid: int, share: float, seed: int) -> Tensor:
 
 
 def vary(
-    model: CogView2, text: str, picture: Picture, share: float = 0.5, n: int = 4, seed: int = 0,
+    model: CogView2, text: str, picture: Picture, share: float = 0.5, n: int = 4, seed: int | None = 0,
     stages: int | None = None, **sampling: float,
 ) -> Pictures:  # fmt: skip
     """Variations of a picture: a random share of its tokens is drawn anew, a different one for each variation.
@@ -43,21 +44,18 @@ def vary(
     Raises:
         MiniCogViewError: as ``CogView2.complete``; or if the share is not above 0 and at most 1.
     """
-    if n < 1:
-        raise MiniCogViewError(f"n is {n}: ask for 1 picture or more")
-    codes = model.codes(picture)
+    seeds, codes = seeds_of(seed, n), model.codes(picture)
     drawn = [
-        model.complete(text, codes, random_region(model.grid, share, seed + i), 1, seed + i, **sampling)
-        for i in range(n)
+        model.complete(text, codes, random_region(model.grid, share, one), 1, one, **sampling) for one in seeds
     ]
     images = [one.images[0] for one in drawn]
     tokens, scores = (torch.cat([getattr(one, name) for one in drawn]) for name in ("tokens", "scores"))
-    together = Pictures(images, tokens, scores, text, [seed + i for i in range(n)], coglm=images)
+    together = Pictures(images, tokens, scores, text, seeds, coglm=images)
     return model.upsample(together, stages)
 
 
 def outpaint(
-    model: CogView2, text: str, picture: Picture, margins: tuple[int, int, int, int], n: int = 1, seed: int = 0,
+    model: CogView2, text: str, picture: Picture, margins: tuple[int, int, int, int], n: int = 1, seed: int | None = 0,
     stages: int | None = None, **sampling: float,
 ) -> Pictures:  # fmt: skip
     """Continue a picture beyond its edges; its own pixels do not change.

@@ -12,7 +12,8 @@ from PIL import Image, ImageCms
 
 from minicogview.colour import alike, in_profile_of, on_white, to_srgb
 from minicogview.masks import to_mask
-from minicogview.pictures import contact_sheet, to_image, to_tensor
+from minicogview.pictures import to_image, to_tensor
+from minicogview.results import contact_sheet
 
 
 def swapped_profile() -> bytes:

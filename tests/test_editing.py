@@ -18,8 +18,8 @@ from minicogview.colour import to_srgb
 from minicogview.config import PRESETS
 from minicogview.editing import crop_box, inner_box, paste, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import save
 from minicogview.pipeline import CogView2
+from minicogview.results import save
 from minicogview.variations import outpaint, vary
 
 

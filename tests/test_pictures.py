@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Pictures, as_codes, contact_sheet, enlarge, save, to_image, to_pil, to_tensor
+from minicogview.pictures import as_codes, to_image, to_pil, to_tensor
+from minicogview.results import Pictures, contact_sheet, enlarge, save
 
 
 def gradient(height: int, width: int) -> torch.Tensor:

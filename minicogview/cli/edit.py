@@ -12,7 +12,7 @@ from minicogview.cli.shared import DEFAULTS, SHIPPED, Drawing, DrawingOptions, W
 from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
-    from minicogview.pictures import Pictures
+    from minicogview.results import Pictures
 
 Text = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
 File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
@@ -112,7 +112,7 @@ def outpaint(
 
 def save_and_report(pictures: Pictures, command: str, drawing: DrawingOptions) -> int:
     """Write the pictures as ``out/TEXT_COMMAND_SEED.png`` and print where they are; returns the exit status."""
-    report = save_pictures(pictures, drawing.out, f"{free_stem(pictures.text, set())}_{command}", scale=1)
+    report = save_pictures(pictures, drawing.out, f"{free_stem(pictures.text, set())}_{command}", 1, drawing.overwrite)
     if drawing.json:
         print_json({"text": pictures.text, **report})
     else:

@@ -23,8 +23,9 @@ import traitlets
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import LARGEST, Picture, contact_sheet, png, scale_to, to_image
+from minicogview.pictures import Picture, to_image
 from minicogview.pipeline import CogView2
+from minicogview.results import LARGEST, contact_sheet, png, scale_to
 
 SMALL, LARGE = 256, 512  # screen pixels: smaller pictures are shown enlarged, larger ones shrunk
 CSS = """
