@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+FUZZ ?= 1000
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
 DEMO_TEXTS := "a red apple" "a picture of a blue heart" "红苹果" "猫脸"
@@ -14,12 +15,13 @@ ON_PLAIN := tests/parity $(addprefix tests/test_,attention.py transformer.py cog
 	tests/test_checkpoints_*.py) notebooks/04_coglm.ipynb notebooks/10_from_toy_to_6b.ipynb
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
-.PHONY: help demo test test-plain lint types notebooks wheel-check clean
+.PHONY: help demo test test-plain fuzz lint types notebooks wheel-check clean
 
 help:
 	@echo "make demo         install into $(VENV) and draw a few pictures into demo/"
 	@echo "make test         install into $(VENV) and run all tests, notebooks included"
 	@echo "make test-plain   the tests that depend on the processor, as on one without bfloat16 instructions"
+	@echo "make fuzz         the readers of weights with random files, for some minutes; more with FUZZ=10000"
 	@echo "make lint         ruff"
 	@echo "make types        mypy"
 	@echo "make notebooks    run all notebooks again and keep their outputs"
@@ -43,7 +45,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	@touch $(VENV)/.plain $@
 
 demo: $(VENV)/.plain
-	$(VENV)/bin/minicogview generate $(DEMO_TEXTS) --n 4 --seed 0 --out demo
+	$(VENV)/bin/minicogview generate $(DEMO_TEXTS) --n 4 --seed 0 --out demo --overwrite
 	@echo "The pictures are in $(CURDIR)/demo"
 
 # One thread a process: two workers with two threads each would wait for one another on two cores.
@@ -55,6 +57,11 @@ test: $(VENV)/.dev
 test-plain: export OMP_NUM_THREADS = 1
 test-plain: $(VENV)/.dev
 	$(PLAIN) $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(NBVAL) $(ON_PLAIN)
+
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: export MINICOGVIEW_FUZZ = $(FUZZ)
+fuzz: $(VENV)/.dev
+	$(PY) -m pytest tests/test_checkpoints_fuzz.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

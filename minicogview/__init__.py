@@ -17,14 +17,15 @@ from minicogview.scale import threads  # noqa: F401 (before torch is loaded)
 if TYPE_CHECKING:
     from minicogview.config import PRESETS, get_preset
     from minicogview.errors import MiniCogViewError
-    from minicogview.pipeline import CogView2, Pictures
+    from minicogview.pipeline import CogView2
+    from minicogview.results import Pictures
 
 __version__ = "0.1.0"
 __all__ = ["CogView2", "Pictures", "PRESETS", "get_preset", "MiniCogViewError", "__version__"]
 
 _HOME = {
     "CogView2": "pipeline",
-    "Pictures": "pipeline",
+    "Pictures": "results",
     "PRESETS": "config",
     "get_preset": "config",
     "MiniCogViewError": "errors",

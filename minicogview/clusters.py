@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,13 @@ def clusters_for(n_clusters: int, codebook: Tensor, labels: Tensor | None = None
     if n_clusters == 0:
         return None
     return Clusters.of(cluster_codebook(codebook, n_clusters) if labels is None else labels)
+
+
+def check_count(n_clusters: int, labels: Tensor | None) -> None:
+    """Refuse a number of clusters that a label file does not have; 0, for none, is always possible."""
+    if labels is not None and n_clusters != 0:
+        count = int(labels.max()) + 1
+        integer(n_clusters, "n_clusters", count, count, "cluster_label.npy has this many; 0: no clusters")
 
 
 def cluster_codebook(codebook: Tensor, n_clusters: int, seed: int = 0, n_iterations: int = 30) -> Tensor:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import checked
 
 NormOrder = Literal["sandwich", "pre", "post"]
 NormKind = Literal["layer", "rms"]
@@ -143,12 +143,10 @@ class SamplingConfig:
     guidance: float = 1.0  # scale of classifier-free guidance; 1 switches it off
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise MiniCogViewError(f"temperature {self.temperature} is below 0: use 0 (the likeliest token) or more")
-        if self.cluster_temperature <= 0:
-            raise MiniCogViewError(f"cluster_temperature {self.cluster_temperature} is not above 0: 1 is neutral")
-        if self.top_k < 1:
-            raise MiniCogViewError(f"top_k {self.top_k} leaves nothing to draw: use 1 or more")
+        for item in dataclasses.fields(self):
+            object.__setattr__(self, item.name, checked(item.name, getattr(self, item.name)))
+        if 0 < self.temperature < 0.001:  # logits divided by less would overflow
+            raise MiniCogViewError(f"temperature is {self.temperature}: give 0 (the likeliest token), or 0.001 to 1000")
 
 
 def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> SamplingConfig:
@@ -158,11 +156,9 @@ def replace_settings(settings: SamplingConfig, overrides: dict[str, Any]) -> Sam
         MiniCogViewError: if there is no such setting, or its value makes no sense.
     """
     known = [item.name for item in dataclasses.fields(SamplingConfig)]
-    for name, value in overrides.items():
+    for name in overrides:
         if name not in known:
             raise MiniCogViewError(f"unknown sampling setting {name!r}: choose from {', '.join(known)}")
-        if not math.isfinite(value):
-            raise MiniCogViewError(f"{name} is {value}: give a finite number")
     return dataclasses.replace(settings, **overrides)
 
 

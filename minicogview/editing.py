@@ -25,35 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from minicogview.colour import alike, in_profile_of
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Pictures, upright
+from minicogview.results import Pictures
 
 Box = tuple[int, int, int, int]
-Mask = Tensor | np.ndarray | Image.Image
+MAX_TOTAL = 2**29  # pixels of all edited pictures together, 2 GB
 CONTEXT = 20 / 14  # side of the cut-out / longer side of the mask
-
-
-def to_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
-    """A mask as (H, W) bool; True, 1 or brighter than mid-grey marks pixels that are drawn anew.
-
-    Args:
-        mask: array or tensor (H, W); or a picture, whose brightness is used and whose transparent parts count as black.
-        size: (H, W) of the picture that the mask is for.
-
-    Raises:
-        MiniCogViewError: if the mask has another size, or marks nothing.
-    """
-    if isinstance(mask, Image.Image):
-        grey = np.asarray(upright(mask).convert("LA"), dtype=np.float32) / 255  # brightness and opacity
-        chosen = torch.from_numpy(grey.prod(-1)) > 0.5
-    else:
-        values = torch.as_tensor(mask)
-        chosen = values > 0.5 if values.is_floating_point() else values > 0
-    if tuple(chosen.shape) != size:
-        raise MiniCogViewError(f"the mask has size {tuple(chosen.shape)}, the picture {size}: make them equal (H, W)")
-    if not chosen.any():
-        raise MiniCogViewError("the mask marks nothing: paint (or set to 1) what is to be drawn anew")
-    return chosen
 
 
 def box_mask(size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
@@ -107,21 +85,6 @@ def crop_box(mask: Tensor, context: float = CONTEXT, least: int = 1) -> Box:
     return top, left, top + height, left + width
 
 
-def check_region(region: Any, grid: int) -> Tensor:
-    """A region of tokens to draw anew (a tensor, array or lists) as (grid, grid) bool.
-
-    Raises:
-        MiniCogViewError: if it has another shape, or is empty.
-    """
-    hole = torch.as_tensor(region).bool()
-    if hole.shape != (grid, grid) or not hole.any():
-        raise MiniCogViewError(
-            f"region of shape {tuple(hole.shape)} with {int(hole.sum())} cells to draw: "
-            f"give ({grid}, {grid}) with 1 where the picture is to be drawn anew"
-        )
-    return hole
-
-
 def token_region(mask: Tensor, side: int) -> Tensor:
     """Which tokens of a cut-out are drawn anew, (side, side) bool, from the cut-out's part of the mask (h, w)."""
     region = F.interpolate(mask[None, None].float(), size=(side, side), mode="nearest")[0, 0] > 0.5
@@ -131,16 +94,29 @@ def token_region(mask: Tensor, side: int) -> Tensor:
 
 
 def paste(picture: Image.Image, patch: Image.Image, box: Box, mask: Tensor) -> Image.Image:
-    """The picture with the pixels under the mask (H, W) taken from ``patch``, which is resized to fill the box."""
+    """The picture with the pixels under the mask (H, W) taken from ``patch``, which is resized to fill the box.
+
+    The colour profile and the EXIF data of the picture are kept, and the new pixels get its profile.
+    """
     top, left, bottom, right = box
-    pixels = np.array(picture)  # (H, W, 3 or 4)
-    new = np.asarray(patch.convert("RGB").resize((right - left, bottom - top), Image.Resampling.BICUBIC))
+    pixels, size = np.array(picture), (right - left, bottom - top)  # (H, W, 3 or 4)
+    new = np.asarray(in_profile_of(patch.convert("RGB"), picture).resize(size, Image.Resampling.BICUBIC))
     inside = mask[top:bottom, left:right].numpy()
     part = pixels[top:bottom, left:right]
     part[inside, :3] = new[inside]
     if pixels.shape[2] == 4:
         part[inside, 3] = 255  # new pixels are opaque
-    return Image.fromarray(pixels)
+    return alike(pixels, picture)
+
+
+def check_total(picture: Image.Image, n: int) -> None:
+    """Raise MiniCogViewError if ``n`` copies of a picture take too much memory, before any of them is drawn."""
+    total = n * picture.width * picture.height
+    if total > MAX_TOTAL:
+        raise MiniCogViewError(
+            f"{n} pictures of {picture.width} x {picture.height} pixels would need {total * 4 / 1e9:.1f} GB: "
+            "draw fewer at a time, or shrink the picture"
+        )
 
 
 def paste_all(picture: Image.Image, drawn: Pictures, box: Box, mask: Tensor) -> Pictures:

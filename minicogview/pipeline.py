@@ -22,22 +22,26 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from PIL.Image import Image
 from torch import Tensor
 
 from minicogview.checkpoints.models import check_fit, find_folder, load_stages, plan_for, preset_of
 from minicogview.checkpoints.weight_files import load_vqvae
-from minicogview.clusters import Clusters, clusters_for, load_labels
+from minicogview.clusters import Clusters, check_count, clusters_for, load_labels
 from minicogview.coglm import CogLM, Filled
 from minicogview.config import PRESETS, Preset, SamplingConfig, replace_settings
-from minicogview.editing import CONTEXT, Mask, check_region, crop_box, paste_all, to_mask, token_region
+from minicogview.editing import CONTEXT, check_total, crop_box, paste_all, token_region
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Picture, Pictures, to_image
+from minicogview.masks import check_region, to_mask
+from minicogview.numbers import integer, prompt, seeds_of
+from minicogview.pictures import Picture, as_codes, to_image
+from minicogview.results import Pictures
 from minicogview.sampling import Sampler
 from minicogview.scale.fast_steps import fast_steps
-from minicogview.scale.machine import sleeping_threads
+from minicogview.scale.machine import float32_by_default, sleeping_threads
 from minicogview.scale.offload import Offload
 from minicogview.scale.plan import Plan
-from minicogview.tokenizer import Tokenizer
+from minicogview.tokenizer import Tokenizer, check_codes
 from minicogview.upsampling import Progress, Upsampler
 from minicogview.vqvae import VQVAE
 
@@ -79,6 +83,7 @@ class CogView2:
         self.coglm.decoding = fast_steps
 
     @classmethod
+    @float32_by_default()
     def from_pretrained(
         cls,
         source: str | Path = "toy",
@@ -87,6 +92,7 @@ class CogView2:
         offload: bool = False,
         memory: str | Plan = "auto",
         dtype: str = "auto",
+        allow_other_base: bool = False,
     ) -> CogView2:
         """Load a preset whose weights ship with the package, or a folder of weights.
 
@@ -101,16 +107,17 @@ class CogView2:
             memory: how much memory to use, such as "6GB", from which a plan for each stage's weights is made
                 (``scale/plan.py``); "auto": all that is free. Or a plan.
             dtype: "float32", "bfloat16" or "float16", for computing; "auto": depends on the size of the model.
+            allow_other_base: warn, instead of raising, if a super-resolution stage was trained on top of another CogLM.
 
         Raises:
             MiniCogViewError: if there is no such preset or folder, a file is missing, damaged or belongs to another
                 model, or the memory is not enough.
         """
-        folder = find_folder(source)
+        folder = find_folder(source if str(source) in PRESETS else Path(source).expanduser())
         if preset is None and isinstance(source, str) and source in PRESETS:
             preset = source
         plan = memory if isinstance(memory, Plan) else plan_for(folder, memory, dtype, device, offload)
-        coglm, direct, iterative, weights = load_stages(folder, plan)
+        coglm, direct, iterative, weights = load_stages(folder, plan, allow_other_base)
         vqvae = load_vqvae(folder / "vqvae.safetensors").to(plan.device)
         chosen = preset if isinstance(preset, Preset) else preset_of(preset, coglm.config, vqvae.config, folder)
         tokenizer = Tokenizer(folder / "text.model", vqvae.config.codebook_size, vqvae, chosen.level)
@@ -170,7 +177,10 @@ class CogView2:
 
     def settings(self, overrides: dict[str, Any]) -> SamplingConfig:
         """The sampler's settings with some of them replaced; raises as ``replace_settings`` does."""
-        return replace_settings(self.sampling, overrides)
+        settings = replace_settings(self.sampling, overrides)
+        if "n_clusters" in overrides:
+            check_count(settings.n_clusters, self.labels)
+        return settings
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without blanks around it.
@@ -178,75 +188,73 @@ class CogView2:
         Raises:
             MiniCogViewError: if the text is empty, or has more tokens than there are positions.
         """
-        ids = self.tokenizer.encode(text.strip())
+        ids = self.tokenizer.encode(prompt(text).strip())
         if not ids:
             raise MiniCogViewError("the text is empty: say in words what the picture shows")
         self.coglm.check_text(ids)
         return ids
 
+    @float32_by_default()
     def codes(self, picture: Picture) -> Tensor:
-        """Picture codes (grid, grid) of a file, a PIL image or a (3, H, W) tensor, which is resized to a square.
+        """Picture codes (grid, grid) of a file, a PIL image, an array or a tensor, which is resized to a square.
 
-        A tensor (grid, grid) is taken to be codes already and returned.
+        Integers (grid, grid) are taken to be codes already and returned; see ``pictures.as_codes``.
 
         Raises:
             MiniCogViewError: if the picture cannot be read, or codes have another shape or range.
         """
-        if not (isinstance(picture, Tensor) and picture.ndim == 2):
-            return self.tokenizer.encode_picture(picture, size=self.size)
-        n_codes = self.coglm.config.n_codes
-        if picture.shape != (self.grid, self.grid) or picture.min() < 0 or picture.max() >= n_codes:
-            raise MiniCogViewError(
-                f"codes of shape {tuple(picture.shape)}, from {picture.min()} to {picture.max()}: "
-                f"give ({self.grid}, {self.grid}) with values 0..{n_codes - 1}, or a picture"
-            )
-        return picture.long()
+        if (codes := as_codes(picture, self.grid)) is not None:
+            return check_codes(codes, self.grid, self.coglm.config.n_codes)
+        return self.tokenizer.encode_picture(picture, size=self.size)
 
     # --- tasks
 
+    @float32_by_default()
     def generate(
         self,
         text: str,
         n: int = 4,
-        seed: int = 0,
+        seed: int | None = 0,
         on_step: Progress | None = None,
         keep: int | None = None,
         stages: int | None = None,
+        on_picture: Callable[[int, Image], None] | None = None,
         **sampling: float,
     ) -> Pictures:
         """Draw ``n`` pictures of a text and upsample them.
 
         Args:
             text: English or Chinese.
-            seed: picture ``i`` depends on ``seed + i`` alone, not on ``n``.
+            seed: picture ``i`` depends on ``seed + i`` alone, not on ``n``. None: a fresh one, told by ``.seeds``.
             on_step: called with the name of the current stage, the number of steps done, and their total.
             keep: post-selection: return and upsample only this many of the ``n`` pictures, those for which the same
                 model finds the text the likeliest caption, best first. None: all, in the order of their seeds.
             stages: how many stages to run; None: all that have weights.
+            on_picture: called with the seed and the picture as soon as one is finished.
             sampling: ``temperature``, ``top_k``, ``guidance`` and so on, instead of the preset's settings; see
                 ``config.SamplingConfig``.
 
         Raises:
-            MiniCogViewError: if the text is empty or too long, ``n`` is below 1, ``keep`` is not between 1 and ``n``,
-                there are fewer than ``stages`` stages, or a setting is wrong.
+            MiniCogViewError: if the text is empty or too long, or a number is outside of its range.
         """
         settings, ids, stages = self.settings(sampling), self.encode(text), self._stages(stages)
-        if keep is not None and not 1 <= keep <= n:
-            raise MiniCogViewError(f"keep is {keep}: keep 1 to n = {n} of the pictures")
+        seeds = seeds_of(seed, n)
+        keep = None if keep is None else integer(keep, "keep", 1, len(seeds), "n of the pictures at most")
 
-        def draw(seeds: list[int], done: int) -> Filled:
-            total = math.ceil(n / self.batch) * self.grid**2
+        def draw(some: list[int], done: int) -> Filled:
+            total = math.ceil(len(seeds) / self.batch) * self.grid**2
             report = None if on_step is None else lambda step: on_step("coglm", done + step, total)
-            sampler = self.sampler(seeds, settings)
-            return self.coglm.generate([ids], sampler, len(seeds), settings.text_weight, settings.guidance, report)
+            sampler = self.sampler(some, settings)
+            return self.coglm.generate([ids], sampler, len(some), settings.text_weight, settings.guidance, report)
 
-        pictures = self._in_batches(draw, text, n, seed)
+        pictures = self._in_batches(draw, text, seeds)
         if keep is not None:
             pictures = pictures.best(keep, self._caption_scores(ids, pictures.tokens))
-        return self.upsample(pictures, stages, on_step)
+        return self.upsample(pictures, stages, on_step, on_picture=on_picture)
 
+    @float32_by_default()
     def complete(
-        self, text: str, picture: Picture, region: Any, n: int = 1, seed: int = 0, **sampling: float
+        self, text: str, picture: Picture, region: Any, n: int = 1, seed: int | None = 0, **sampling: float
     ) -> Pictures:
         """Draw a part of a picture anew, with the text and the rest of the picture in view.
 
@@ -261,19 +269,20 @@ class CogView2:
         settings, ids, codes = self.settings(sampling), self.encode(text), self.codes(picture)
         hole = check_region(region, self.grid)
 
-        def draw(seeds: list[int], done: int) -> Filled:
-            sampler = self.sampler(seeds, settings)
-            return self.coglm.complete(ids, codes.flatten(), hole, sampler, len(seeds), settings.text_weight)
+        def draw(some: list[int], done: int) -> Filled:
+            sampler = self.sampler(some, settings)
+            return self.coglm.complete(ids, codes.flatten(), hole, sampler, len(some), settings.text_weight)
 
-        return self._in_batches(draw, text, n, seed)
+        return self._in_batches(draw, text, seeds_of(seed, n))
 
+    @float32_by_default()
     def edit(
         self,
         text: str,
         picture: Picture,
-        mask: Mask,
+        mask: Picture,
         n: int = 1,
-        seed: int = 0,
+        seed: int | None = 0,
         stages: int | None = None,
         context: float = CONTEXT,
         **sampling: float,
@@ -282,8 +291,8 @@ class CogView2:
 
         Args:
             text: describes the cut-out as it should be afterwards.
-            picture: file, PIL image, or tensor (3, H, W).
-            mask: array or tensor (H, W), or a picture of that size; see ``editing.to_mask``.
+            picture: file, PIL image, array or tensor; see ``pictures.to_tensor``.
+            mask: the same, of the picture's size, white where it is drawn anew; see ``masks.to_mask``.
             n, seed, sampling: as for ``complete``. stages: as for ``generate``.
             context: side of the cut-out / longer side of the mask; more of it shows the models more surroundings.
 
@@ -295,10 +304,11 @@ class CogView2:
                 ``context`` is below 1.
         """
         image = to_image(picture)
-        chosen = to_mask(mask, (image.height, image.width))
+        chosen = to_mask(mask, (image.height, image.width), image)
         top, left, bottom, right = box = crop_box(chosen, context, self.grid)
         cut, hole = image.crop((left, top, right, bottom)), chosen[top:bottom, left:right]
         stages = self._stages(stages)
+        check_total(image, n * stages)
         drawn = self.complete(text, self.codes(cut), token_region(hole, self.grid), n, seed, **sampling)
         if stages > 1 and self.upsampler is not None:
             side = self.upsampler.grid
@@ -306,48 +316,56 @@ class CogView2:
             drawn = self.upsample(drawn, stages, keep=(own.cpu(), token_region(hole, side)))
         return paste_all(image, drawn, box, chosen)
 
+    @float32_by_default()
     def upsample(
         self,
         pictures: Pictures,
         stages: int | None = None,
         on_step: Progress | None = None,
         keep: tuple[Tensor, Tensor] | None = None,
+        on_picture: Callable[[int, Image], None] | None = None,
     ) -> Pictures:
         """Run the super-resolution stages on coarse pictures.
 
         Args:
-            stages, on_step: as for ``generate``. keep: as for ``Upsampler.run``.
+            stages, on_step, on_picture: as for ``generate``. keep: as for ``Upsampler.run``.
         """
-        stages, upsampler = self._stages(stages), self.upsampler
+        stages, upsampler, last = self._stages(stages), self.upsampler, list[Image]()
+        tell = on_picture or (lambda seed, image: None)
         if stages == 1 or upsampler is None:
+            for seed, image in zip(pictures.seeds, pictures.images, strict=True):
+                tell(seed, image)
             return pictures
+
+        def decode(first: int, codes: Tensor) -> None:
+            for seed, one in zip(pictures.seeds[first:], codes):
+                last.append(self.tokenizer.decode_picture(one.unflatten(0, (upsampler.grid, -1))))
+                tell(seed, last[-1])
+
         texts, tokens = [self.encode(pictures.text)] * len(pictures.tokens), pictures.tokens.flatten(1)
         with sleeping_threads(self.coglm):
-            after = upsampler.run(texts, tokens, pictures.seeds, stages, on_step, keep)
-        codes = [rearrange(fine, "n (h w) -> n h w", h=upsampler.grid) for fine in after]
-        images = [[self.tokenizer.decode_picture(one) for one in part] for part in codes]
-        return dataclasses.replace(
-            pictures,
-            images=images[-1],
-            direct=images[0],
-            iterative=images[1] if stages == 3 else None,
-            fine_tokens=codes[-1],
-        )
+            after = upsampler.run(texts, tokens, pictures.seeds, stages, on_step, keep, decode)
+        fine = [rearrange(codes, "n (h w) -> n h w", h=upsampler.grid) for codes in after]
+        direct = last if stages == 2 else [self.tokenizer.decode_picture(one) for one in fine[0]]
+        iterative = last if stages == 3 else None
+        return dataclasses.replace(pictures, images=last, direct=direct, iterative=iterative, fine_tokens=fine[-1])
 
+    @float32_by_default()
     def caption(self, picture: Picture, language: str = "en") -> str:
         """Describe a picture in English ("en") or Chinese ("zh"), always choosing the likeliest token."""
         self._need_coglm()
         codes, start = self.codes(picture).flatten(), self.tokenizer.start_token(language)
         return self.tokenizer.decode(self.coglm.caption(codes, start, self.tokenizer.eos))
 
-    def score(self, picture: Picture, texts: Sequence[str]) -> Tensor:
-        """How well each text describes a picture: (texts,) mean log-probability of its tokens in nats.
+    @float32_by_default()
+    def score(self, picture: Picture, texts: str | Sequence[str]) -> Tensor:
+        """How well each text (or the only one) describes a picture: (texts,) mean log-probability per token in nats.
 
         Both languages may be mixed. Post-selection keeps the pictures for which the prompt scores highest.
         """
+        texts = [texts] if isinstance(texts, str) else list(texts)
         self._need_coglm()
-        codes = self.codes(picture).flatten()[None]
-        scores = torch.empty(len(texts))
+        codes, scores = self.codes(picture).flatten()[None], torch.empty(len(texts))
         ids = [[*self.encode(text), self.tokenizer.eos] for text in texts]
         starts = [self.tokenizer.language_token(row[:-1]) for row in ids]
         for start in set(starts):
@@ -355,14 +373,12 @@ class CogView2:
             scores[rows] = self.coglm.score_captions(codes, [ids[i] for i in rows], start).cpu()
         return scores
 
-    # --- helpers
-
     def _caption_scores(self, ids: list[int], tokens: Tensor) -> Tensor:
         """Mean log-probability (n,) of one text's tokens as the caption of each picture (n, grid, grid)."""
         self._need_coglm()
         texts, start = [[*ids, self.tokenizer.eos]] * self.batch, self.tokenizer.language_token(ids)
-        batches = tokens.flatten(1).split(self.batch)
-        return torch.cat([self.coglm.score_captions(b, texts[: len(b)], start).cpu() for b in batches])
+        scored = (self.coglm.score_captions(b, texts[: len(b)], start) for b in tokens.flatten(1).split(self.batch))
+        return torch.cat([scores.cpu() for scores in scored])
 
     def _need_coglm(self) -> None:
         """Have CogLM's weights loaded, if they are offloaded."""
@@ -371,22 +387,14 @@ class CogView2:
 
     def _stages(self, stages: int | None) -> int:
         """``stages``, or all there are if it is None; raises MiniCogViewError if there are fewer."""
-        if stages is not None and not 1 <= stages <= self.n_stages:
-            raise MiniCogViewError(f"stages is {stages}: these weights have 1 to {self.n_stages}")
-        return self.n_stages if stages is None else stages
+        return self.n_stages if stages is None else integer(stages, "stages", 1, self.n_stages, "these have weights")
 
-    def _in_batches(self, draw: Callable[[list[int], int], Filled], text: str, n: int, seed: int) -> Pictures:
+    def _in_batches(self, draw: Callable[[list[int], int], Filled], text: str, seeds: list[int]) -> Pictures:
         """Call ``draw(seeds, tokens done before)`` for one batch of pictures after another, and decode their tokens."""
-        if n < 1:
-            raise MiniCogViewError(f"n is {n}: ask for 1 picture or more")
-        if not 0 <= seed <= 2**63 - n:
-            raise MiniCogViewError(f"seed is {seed}: use an integer from 0 to 2 ** 63 - n")
         self._need_coglm()
-        seeds = list(range(seed, seed + n))
-        starts = range(0, n, self.batch)
-        drawn = [draw(seeds[i : i + self.batch], i // self.batch * self.grid**2) for i in starts]
+        batches = range(0, len(seeds), self.batch)
+        drawn = [draw(seeds[i : i + self.batch], i // self.batch * self.grid**2) for i in batches]
         tokens = rearrange(torch.cat([part.tokens for part in drawn]), "n (h w) -> n h w", h=self.grid).cpu()
         # One by one: the decoder rounds differently in a batch, and a picture must not depend on its neighbours.
         images = [self.tokenizer.decode_picture(codes) for codes in tokens]
-        scores = torch.cat([part.scores for part in drawn]).cpu()
-        return Pictures(images, tokens, scores, text, seeds, coglm=images)
+        return Pictures(images, tokens, torch.cat([part.scores for part in drawn]).cpu(), text, seeds, coglm=images)

@@ -213,17 +213,18 @@ class Tokenizer:
         """Codes of a picture, (h, w) int64, in raster order when flattened.
 
         Args:
-            picture: a file, a PIL image (transparent parts become white), or a tensor (3, H, W), float 0..1 or uint8.
+            picture: a file, a PIL image (transparent parts become white), an array or a tensor; see
+                ``pictures.to_tensor``.
             level: 0 is the finest; None: the tokenizer's own.
             size: pixels to resize to, one side or (H, W); None: the picture's own size. Each side is rounded to a
                 multiple of the level's rate, at least one token.
 
         Raises:
-            MiniCogViewError: if the file is missing or not a picture, the tensor or the size has a wrong shape,
-                or there is no such level.
+            MiniCogViewError: if the picture cannot be read, the size has a wrong shape, or there is no such level.
         """
         vqvae, level = self._picture_half(level)
-        pixels = to_tensor(picture)  # (3, H, W)
+        needed = size if isinstance(size, int | None) else max(size, default=0)
+        pixels = to_tensor(picture, needed)  # (3, H, W)
         pixels = _resize(pixels, _whole_tokens(pixels, size, vqvae.config.rates[level]))
         with torch.no_grad():  # inference_mode would return tensors that cannot be used in training
             return vqvae.encode(pixels[None].to(next(vqvae.parameters())), level)[0]  # (h, w)
@@ -300,3 +301,15 @@ def load_text_model(model: str | Path | bytes) -> sentencepiece.SentencePiecePro
             f"text model {name} is damaged or no SentencePiece model: copy it again, or reinstall minicogview"
         )
     return processor
+
+
+def check_codes(codes: Tensor, grid: int, n_codes: int) -> Tensor:
+    """Picture codes (grid, grid) as int64; raises MiniCogViewError if they have another shape, type or range."""
+    whole = not codes.is_floating_point() and not codes.is_complex() and codes.dtype != torch.bool
+    if not whole or codes.shape != (grid, grid) or codes.min() < 0 or codes.max() >= n_codes:
+        limits = f", from {codes.min()} to {codes.max()}" if codes.numel() and not codes.is_complex() else ""
+        raise MiniCogViewError(
+            f"codes of shape {tuple(codes.shape)} and type {codes.dtype}{limits}: "
+            f"give ({grid}, {grid}) with values 0..{n_codes - 1}, or a picture"
+        )
+    return codes.long()

@@ -103,6 +103,7 @@ class Upsampler:
         stages: int,
         on_step: Progress | None = None,
         keep: tuple[Tensor, Tensor] | None = None,
+        on_codes: Callable[[int, Tensor], None] | None = None,
     ) -> list[Tensor]:
         """Upsample many coarse pictures, in batches: codes (B, F) on the CPU after stage 2 and, if it runs, stage 3.
 
@@ -111,26 +112,32 @@ class Upsampler:
             on_step: called with the name of the current stage, the number of pictures done, and their total.
             keep: the fine codes (F,) of an existing picture, and (rows, columns) bool, True where they may change; all
                 others stay. None: all may change.
+            on_codes: called after each batch of the last stage, with the number of its first picture and its codes.
         """
         region = None if keep is None else keep[1]
 
-        def in_batches(stage: str, work: Callable[[slice], Tensor]) -> Tensor:
+        def in_batches(stage: str, last: bool, work: Callable[[slice], Tensor]) -> Tensor:
             if self.need is not None:
                 self.need(stage)
             parts, batch = [], self.batch or BATCH
             for i in range(0, len(coarse), batch):
                 parts.append(work(slice(i, i + batch)).cpu())
+                if keep is not None and stage == "direct":
+                    parts[-1] = torch.where(keep[1].flatten(), parts[-1], keep[0])
                 if on_step:
                     on_step(stage, min(i + batch, len(coarse)), len(coarse))
+                if on_codes and last:
+                    on_codes(i, parts[-1])
             return torch.cat(parts)
 
-        fine = in_batches("direct", lambda some: self.run_direct(texts[some], coarse[some], seeds[some]))
-        if keep is not None:
-            fine = torch.where(keep[1].flatten(), fine, keep[0])
+        def direct(some: slice) -> Tensor:
+            return self.run_direct(texts[some], coarse[some], seeds[some])
+
+        fine = in_batches("direct", stages == 2, direct)
         if stages == 2:
             return [fine]
 
         def iterative(some: slice) -> Tensor:
             return self.run_iterative(texts[some], fine[some], seeds[some], region)[-1]
 
-        return [fine, in_batches("iterative", iterative)]
+        return [fine, in_batches("iterative", True, iterative)]

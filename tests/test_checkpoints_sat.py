@@ -110,7 +110,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MiniCogViewError, match="latest is missing"):
         SatFolder(folder)
     (folder / "model_config.json").write_text("{")
-    with pytest.raises(MiniCogViewError, match=r"model_config.json cannot be read"):
+    with pytest.raises(MiniCogViewError, match=r"model_config.json is damaged"):
         SatFolder(folder)
 
 

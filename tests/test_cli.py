@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,107 +108,69 @@ def test_sampling_options_reach_the_sampler(tiny: list[str], capsys: pytest.Capt
     assert np.array_equal(first, second)  # the likeliest tokens
 
 
+def test_nothing_is_overwritten_unless_asked_for(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def files(text: str, *options: str) -> list[str]:
+        (report,) = run_json(capsys, "generate", text, *tiny, "--n", "1", "--out", "out", *options)
+        return [Path(path).name for path in (*report["files"], report["sheet"])]
+
+    assert files("red apple") == ["red-apple_0.png", "contact_sheet.png"]
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert files("Red apple!") == ["red-apple-2_0.png", "contact_sheet-2.png"]
+    assert files("red apple", "--seed", "1") == ["red-apple-3_1.png", "contact_sheet-3.png"]
+    assert all(Path("out", name).read_bytes() == content for name, content in before.items())
+    assert files("cat", "--overwrite") == ["cat_0.png", "contact_sheet.png"]
+    assert files("Red apple!", "--overwrite", "--temperature", "0") == ["red-apple_0.png", "contact_sheet.png"]
+    assert len(list(Path("out").iterdir())) == 7
+    assert Path("out/red-apple_0.png").read_bytes() != before["red-apple_0.png"]
+    Image.new("RGB", (9, 9)).save("photo.png")
+    for name in ("cat_vary_0.png", "cat_vary-2_0.png"):
+        (file,) = run_json(capsys, "vary", "cat", "photo.png", *tiny, "--n", "1", "--out", "out")["files"]
+        assert Path(file).name == name
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_each_picture_is_written_when_it_is_done(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: BaseException
+) -> None:
+    save = Image.Image.save
+
+    def fail_at_the_third(self: Image.Image, path: Any, *args: Any, **options: Any) -> None:
+        if "cat_2" in str(path):
+            raise reason
+        save(self, path, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail_at_the_third)
+    status, out, err = run(capsys, "generate", "cat", *tiny, "--n", "5", "--out", "out")
+    stopped = isinstance(reason, KeyboardInterrupt)
+    assert (status, out, err.count("\n")) == (130 if stopped else 2, "", 1)
+    assert ("finished pictures are saved" if stopped else "No space left on device") in err
+    assert {"cat_0.png", "cat_1.png"} <= {path.name for path in Path("out").iterdir()}
+    assert not {"cat_2.png", "cat_3.png"} & {path.name for path in Path("out").iterdir()}
+
+
+def test_the_home_folder_is_understood(
+    tiny: list[str], weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(weights.parent))
+    options = ["--weights", f"~/{weights.name}", "--n", "1", "--out", "~/pictures"]
+    (report,) = run_json(capsys, "generate", "cat", *options)
+    assert report["files"] == [str(weights.parent / "pictures/cat_0.png")] and not Path("~").exists()
+    for wrong in ("~nobody-of-this-name/x\0", "x\0"):
+        status, _, err = run(capsys, "train", "text", "--out", wrong)
+        assert status == 2 and "cannot write into" in err and err.count("\n") == 1
+
+
+def test_a_contact_sheet_of_many_pictures_stays_small() -> None:
+    small, large = Image.new("RGB", (96, 96)), Image.new("RGB", (480, 480))
+    assert cli_generate.sheet_scale([[small] * 4]) >= 3 and cli_generate.sheet_scale([[small] * 4, [small] * 800]) == 2
+    assert cli_generate.sheet_scale([[large] * 10_000]) == 1
+
+
 def test_file_names() -> None:
     taken: set[str] = set()
     texts = ["A red apple!", "a red apple?", "猫 脸", "🍎", "../../etc", "x" * 300]
     stems = [cli_generate.free_stem(text, taken) for text in texts]
     assert stems == ["a-red-apple", "a-red-apple-2", "猫-脸", "picture", "etc", "x" * 40]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate"], "no text was given"),
-        (["generate", ""], "text is empty"),
-        (["generate", "  "], "text is empty"),
-        (["generate", "apple " * 60], "text has 60 tokens, at most 48 fit"),
-        (["generate", "cat", "--n", "0"], "--n is 0"),
-        (["generate", "cat", "--n", "-3"], "--n is -3"),
-        (["generate", "cat", "--n", "2", "--keep", "3"], "--keep is 3: keep 1 to 2"),
-        (["generate", "cat", "dog", "--seed", "-1"], "--seed is -1"),
-        (["generate", "cat", "--scale", "0"], "--scale is 0"),
-        (["generate", "cat", "dog", "--temperature", "-1"], "temperature -1.0 is below 0"),
-        (["generate", "cat", "--temperature", "nan"], "temperature is nan"),
-        (["generate", "cat", "--top-k", "0"], "top_k 0"),
-        (["generate", "cat", "--stages", "4"], "--stages is 4: these weights have 1 to"),
-        (["generate", "cat", "--style", "cubist"], "unknown style 'cubist'"),
-        (["generate", "cat", "--out", "file"], "cannot write into file (it is a file)"),
-        (["generate", "cat", "--out", "file/folder"], "cannot write into file/folder"),
-        (["generate", "cat", "--out", "x" * 300], "choose another folder with --out"),
-        (["generate", "cat", "--preset", "toyy"], "unknown preset 'toyy': choose one of toy"),
-        (["generate", "cat", "--weights", "nowhere"], "'nowhere' is neither a preset"),
-        (["generate", "cat", "--weights", "."], "coglm.safetensors is missing"),
-        (["info", "toyy"], "unknown preset 'toyy'"),
-        (["info", "toy", "--text-tokens", "49"], "takes 1 to 48"),
-        (["evaluate", "retrieval", "--preset", "toyy"], "unknown preset 'toyy'"),
-        (["evaluate", "tokenizer", "--size", "33"], "33x33 pixels cannot be cut"),
-        (["train", "coglm", "--preset", "toyy"], "unknown preset 'toyy'"),
-        (["train", "coglm", "--out", "file"], "it is a file"),
-        (["train", "vqvae", "--out", "file"], "it is a file"),
-        (["train", "text", "--out", "file"], "it is a file"),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(
-    tiny: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-) -> None:
-    monkeypatch.setattr("minicogview.evaluation.metrics.render", lambda size: np.zeros((3139, size, size, 3), np.uint8))
-    Path("file").write_text("something else")
-    needs_weights = arguments[0] in ("generate", "evaluate") and not {"--preset", "--weights"} & set(arguments)
-    status, out, err = run(capsys, *arguments, *(tiny if needs_weights else []))
-    assert (status, out) == (2, "")
-    assert message in err and err.startswith("minicogview: ") and err.count("\n") == 1
-    assert [path.name for path in Path().iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("preset", ["small", "cogview2"])
-def test_presets_without_weights(preset: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, out, err = run(capsys, "generate", "cat", "--preset", preset, "--out", str(tmp_path / "out"))
-    assert (status, out) == (2, "") and not (tmp_path / "out").exists()
-    assert f"no weights ship with the preset '{preset}'" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["coglm.safetensors", "vqvae.safetensors", "text.model"])
-def test_damaged_weights(tiny: list[str], weights: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    broken = Path(shutil.copytree(weights, "broken"), name)
-    broken.write_bytes(broken.read_bytes()[:1000])
-    status, out, err = run(capsys, "generate", "cat", "--weights", "broken", "--out", "out")
-    assert (status, out) == (2, "") and not Path("out").exists()
-    assert str(broken) in err and "damaged" in err and err.count("\n") == 1
-
-
-def test_a_bad_text_does_not_stop_the_others(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["cat", "", "apple " * 60, "\udcff", "红苹果"]
-    status, out, err = run(capsys, "generate", *texts, *tiny, "--n", "1", "--json")
-    reports = json.loads(out)
-    assert status == 2 and [report["text"] for report in reports] == texts
-    assert ["error" in report for report in reports] == [False, True, True, True, False]
-    assert "at most 48" in reports[2]["error"] and "not valid Unicode" in reports[3]["error"]
-    assert len(err.splitlines()) == 3 and len(err) < 500
-    assert Image.open("pictures/contact_sheet.png").size == (268 + 4, 2 * 268 + 4)
-    names = ["cat_0.png", "contact_sheet.png", "红苹果_0.png"]
-    assert sorted(path.name for path in Path("pictures").iterdir()) == names
-
-
-def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["nothing"], ["generate", "cat", "--n", "many"], ["evaluate", "retrieval", "--lang", "fr"]):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
-
-
-@pytest.mark.parametrize("command", ["edit", "vary", "outpaint"])
-def test_wrong_numbers_are_refused_before_weights_are_loaded(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    own = {"edit": ["--box", "0", "0", "1", "1"], "vary": [], "outpaint": ["--margins", "1", "1", "1", "1"]}[command]
-    for option, value in (("--n", "0"), ("--seed", "-1")):
-        status, out, err = run(capsys, command, "cat", "nowhere.png", "--weights", "nowhere", *own, option, value)
-        assert (status, out) == (2, "") and f"{option} is {value}" in err
 
 
 def test_help_is_quick_because_it_loads_no_torch() -> None:
@@ -277,14 +238,15 @@ def test_vary_and_outpaint(tiny: list[str], capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "cat"], "stopped; the pictures of finished texts are saved"),
+        (["generate", "cat"], "stopped; finished pictures are saved"),
         (
             ["edit", "cat", "photo.png", "--box", "0", "0", "1", "1"],
             "stopped; pictures are saved only when all are drawn",
         ),
         (["evaluate", "retrieval"], "stopped; nothing was saved"),
         (["import", ".", "out"], "stopped; run the same command again to resume; complete files are kept"),
-        (["train", "vqvae"], "stopped; run the same command again to resume from the last checkpoint"),
+        (["train", "vqvae"], "stopped; run the same command again to resume from its last checkpoint, if it has one"),
+        (["train", "text"], "stopped; nothing was saved"),
         (["doctor", "toy"], "stopped"),
         (
             ["evaluate", "captioning", "--weights=random"],
@@ -304,7 +266,7 @@ def test_ctrl_c_says_what_is_left(
 
     for work in (
         "cli.shared.WeightsOptions.load", "cli.doctor.doctor", "checkpoints.importing.import_released",
-        "training.vqvae.train",
+        "training.vqvae.train", "training.text.train_toy",
     ):  # fmt: skip
         monkeypatch.setattr(f"minicogview.{work}", stop)
     monkeypatch.chdir(tmp_path)

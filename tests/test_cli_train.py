@@ -48,6 +48,12 @@ def test_train_coglm_makes_a_folder_that_can_be_used(
     result = run_json(capsys, "train", "coglm", *options, "--steps", "2")
     assert result["weights"] == str(Path("run/coglm.safetensors")) and result["step"] == 2
     assert run_json(capsys, "train", "coglm", *options, "--steps", "2")["start"] == 2  # nothing left to do
+    status, _, err = run(capsys, "train", "coglm", *options, "--steps", "2", "--seed", "1", "--batch-size", "3")
+    assert status == 2 and "batch_size was 2, is 3; seed was 0, is 1" in err and "--force" in err
+    extended = run_json(capsys, "train", "coglm", *options, "--steps", "3")
+    assert (extended["start"], extended["step"]) == (2, 3)
+    forced = run_json(capsys, "train", "coglm", *options, "--steps", "4", "--batch-size", "3", "--force")
+    assert (forced["start"], forced["step"]) == (3, 4)
     assert run_json(capsys, "train", "coglm", *options, "--steps", "2", "--no-resume")["start"] == 0
     assert run(capsys, "generate", "cat", "--weights", "run", "--n", "1")[0] == 0
 

@@ -10,11 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_colour import swapped_profile
 from tiny import TINY, write_tiny
 
-from minicogview.editing import crop_box, inner_box, paste, to_mask, token_region
+from minicogview.cli.main import main
+from minicogview.colour import to_srgb
+from minicogview.config import PRESETS
+from minicogview.editing import crop_box, inner_box, paste, token_region
 from minicogview.errors import MiniCogViewError
 from minicogview.pipeline import CogView2
+from minicogview.results import save
+from minicogview.variations import outpaint, vary
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +63,6 @@ def test_context_around_the_mask() -> None:
     for context in (0.9, float("nan")):
         with pytest.raises(MiniCogViewError, match=f"context is {context}: use 1"):
             crop_box(box_mask((9, 9), 1, 1, 2, 2), context)
-
-
-def test_masks_of_every_kind() -> None:
-    expected = box_mask((4, 6), 1, 2, 3, 5)
-    grey = Image.fromarray(expected.numpy().astype(np.uint8) * 255)
-    transparent = Image.merge("LA", (Image.new("L", (6, 4), 255), grey))
-    for mask in (expected, expected.numpy(), expected.float() * 0.9, expected.byte(), grey, transparent):
-        assert torch.equal(to_mask(mask, (4, 6)), expected)
-    assert not to_mask(grey.convert("1").convert("P"), (4, 6))[0].any()
-    with pytest.raises(MiniCogViewError, match=r"mask has size \(4, 6\), the picture \(6, 4\)"):
-        to_mask(expected, (6, 4))
-    with pytest.raises(MiniCogViewError, match="marks nothing"):
-        to_mask(torch.zeros(4, 6), (4, 6))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
@@ -128,3 +121,76 @@ def test_a_patch_fills_its_box() -> None:
     mask = box_mask((8, 8), 2, 2, 4, 4)
     pixels = np.array(paste(picture, patch, (1, 1, 7, 7), mask))
     assert (pixels[mask.numpy()] == [9, 8, 7, 255]).all() and not pixels[~mask.numpy()].any()
+
+
+def test_an_edited_photo_keeps_profile_and_exif(model: CogView2, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a camera", 6
+    profile = swapped_profile()
+    noise(20, 30).save(tmp_path / "photo.jpg", exif=exif, icc_profile=profile)
+    edited = model.edit("cat", tmp_path / "photo.jpg", box_mask((30, 20), 4, 4, 9, 9), seed=1)
+    grown = outpaint(model, "cat", tmp_path / "photo.jpg", (3, 0, 0, 4), seed=1)
+    for picture in (edited[0], grown[0]):
+        save(picture, tmp_path / "out.png")
+        with Image.open(tmp_path / "out.png") as out:
+            assert out.info["icc_profile"] == profile
+            assert out.getexif()[0x010F] == "a camera" and 0x0112 not in out.getexif()  # it is upright now
+
+
+def test_new_pixels_are_in_the_photos_profile() -> None:
+    picture, green = Image.new("RGB", (8, 8)), Image.new("RGB", (3, 3), (0, 255, 0))
+    picture.info["icc_profile"] = swapped_profile()
+    pasted = paste(picture, green, (0, 0, 8, 8), box_mask((8, 8), 2, 2, 4, 4))
+    assert pasted.getpixel((2, 2)) == (255, 0, 0) and to_srgb(pasted).getpixel((2, 2)) == (0, 255, 0)
+
+
+def test_masks_and_pictures_of_any_kind(model: CogView2, tmp_path: Path) -> None:
+    picture, mask = noise(20, 30), box_mask((20, 30), 4, 4, 9, 9)
+    wanted = np.asarray(model.edit("cat", picture, mask)[0])
+    erased = picture.copy()
+    erased.putalpha(Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)))
+    Image.fromarray(np.asarray(mask)).save(tmp_path / "mask.png")
+    for same in (np.asarray(picture), np.asarray(picture).transpose(2, 0, 1) / 255, [picture]):
+        assert np.array_equal(model.edit("cat", same, mask)[0], wanted)
+    for marks in (mask.int() * 255, tmp_path / "mask.png", erased):
+        assert np.array_equal(model.edit("cat", picture, marks)[0], wanted)
+    after = np.asarray(model.edit("cat", erased, erased)[0])
+    assert after.shape == (20, 30, 4) and (after[..., 3] == 255).all()  # the hole is filled
+    assert np.array_equal(after[~mask.numpy(), :3], np.asarray(picture)[~mask.numpy()])
+    with pytest.raises(MiniCogViewError, match="values from 0 to 255: divide by 255"):
+        model.edit("cat", np.asarray(picture) * 1.0, mask)
+
+
+def test_wrong_floats_give_no_caption(model: CogView2) -> None:
+    pixels = torch.from_numpy(np.array(noise(24, 24))).permute(2, 0, 1) / 255
+    assert model.caption(pixels) == model.caption(pixels.permute(1, 2, 0).numpy()) == model.caption([pixels])
+    for wrong in (pixels * 2 - 1, pixels * 255, pixels / 0, pixels[None].repeat(2, 1, 1, 1)):
+        for task in (model.caption, lambda one: model.score(one, ["cat"]), lambda one: vary(model, "cat", one)):
+            with pytest.raises(MiniCogViewError, match=r"has values|are NaN|a batch of pictures"):
+                task(wrong)
+
+
+def test_memory_is_named_before_drawing(model: CogView2) -> None:
+    large = Image.new("RGB", (6000, 6000))
+    with pytest.raises(MiniCogViewError, match=r"20 pictures of 6000 x 6000 pixels would need 2\.9 GB: draw fewer"):
+        model.edit("cat", large, box_mask((6000, 6000), 0, 0, 50, 50), n=20)
+    with pytest.raises(MiniCogViewError, match="has 20000 x 20000 pixels, more than 67 million"):
+        outpaint(model, "cat", noise(8, 8), (19_992, 0, 0, 19_992))
+
+
+def test_a_mask_is_inverted_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "weights")
+    picture, mask = noise(20, 30), box_mask((20, 30), 4, 4, 18, 28).numpy()
+    picture.save("photo.png")
+    Image.fromarray(mask).save("mask.png")
+    command = ["edit", "cat", "photo.png", "--weights", "weights", "--n", "1", "--out", "new"]
+    assert main([*command, "--mask", "mask.png", "--invert-mask"]) == 0
+    changed = (np.asarray(Image.open("new/cat_edit_0.png")) != np.asarray(picture)).any(-1)
+    assert changed.any() and not changed[mask].any()
+    capsys.readouterr()
+    assert main([*command, "--box", "0", "0", "1", "1", "--invert-mask"]) == 2
+    assert capsys.readouterr().err == "minicogview: --invert-mask belongs to --mask FILE: give one, or leave it out\n"

@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minicogview.editing import to_mask
 from minicogview.errors import MiniCogViewError
 from minicogview.figures.painter import LARGE, SMALL, MaskPainter, edit_panel, zoom_of
+from minicogview.masks import to_mask
 
 PATIENCE = 120  # seconds: a kernel that imports torch on a busy machine takes its time
 
@@ -75,8 +75,13 @@ def test_pictures_of_any_kind_are_shown(tmp_path):
     large = MaskPainter(Image.new("L", (3000, 10)))
     assert large.size == (10, 3000)
     assert Image.open(io.BytesIO(large.png)).width == 2 * LARGE
+    array = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    assert np.array_equal(np.asarray(MaskPainter(array).picture), array)
+    assert np.array_equal(np.asarray(MaskPainter(torch.from_numpy(array).permute(2, 0, 1) / 255).picture), array)
     with pytest.raises(MiniCogViewError, match="does not exist"):
         MaskPainter(tmp_path / "none.png")
+    with pytest.raises(MiniCogViewError, match="divide by 255"):
+        MaskPainter(array * 3.0)
 
 
 @pytest.mark.parametrize("side", [1, 32, 100, 255, 256, 300, 512, 4000])
@@ -93,7 +98,7 @@ class Model:
         if text == "break":
             raise RuntimeError("out of memory\nand much more")
         self.asked = (text, mask, n, seed)
-        red = Image.new("RGB", picture.size, "red")
+        red = Image.new(picture.mode, picture.size, "red")
         return [Image.composite(red, picture, Image.fromarray(mask.numpy())) for _ in range(n)]
 
 
@@ -118,6 +123,19 @@ def test_the_button_draws_and_tells_what_was_refused():
     text.value = "break"
     button.click()  # outside of Jupyter, ipywidgets logs what is raised in a callback
     assert status.value == "RuntimeError: out of memory" and not button.disabled
+
+
+def test_the_panel_is_white_where_pictures_are_transparent_and_not_larger_than_a_screen():
+    for side in (8, 2000):
+        panel = edit_panel(Model(), Image.new("RGBA", (side, side), (0, 0, 0, 0)), "an apple")
+        painter, *_, button, _, result = panel.children
+        mask = torch.zeros(side, side, dtype=torch.bool)
+        mask[: side // 2] = True
+        paint(painter, mask)
+        button.click()
+        shown = Image.open(io.BytesIO(result.value))
+        assert shown.mode == "RGB" and shown.getpixel((shown.width // 2, shown.height - 20)) == (255, 255, 255)
+        assert shown.getpixel((shown.width // 2, 20)) == (255, 0, 0) and shown.width <= 1024 + 8
 
 
 # --- In a browser -----------------------------------------------------------------------------------------

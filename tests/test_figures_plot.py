@@ -49,6 +49,13 @@ def region() -> torch.Tensor:
     return hole
 
 
+def test_transparent_pictures_are_shown_on_white():
+    assert (plot.to_array(Image.new("RGBA", (4, 3), (255, 0, 0, 0))) == 255).all()
+    pixels = torch.rand(3, 4, 5)
+    assert np.array_equal(plot.to_array(pixels), pixels.permute(1, 2, 0).numpy())
+    assert plot.to_array(pixels[0]).shape == (4, 5)
+
+
 def test_every_task_has_its_figure():
     sample = masking.text_to_image(raw(), IDS, LAYOUT)
     _, words = draw(plot.text_to_image_figure(sample, IDS, LAYOUT))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import Pictures, contact_sheet, enlarge, save, to_image, to_pil, to_tensor
+from minicogview.pictures import as_codes, to_image, to_pil, to_tensor
+from minicogview.results import Pictures, contact_sheet, enlarge, save
 
 
 def gradient(height: int, width: int) -> torch.Tensor:
@@ -57,9 +62,146 @@ def test_what_is_no_picture_is_refused_with_a_reason(tmp_path: Path) -> None:
     for name in ("cut.png", "bad.png"):
         with pytest.raises(MiniCogViewError, match=rf"{name} cannot be read .*: give a PNG or JPEG file"):
             to_image(tmp_path / name)
-    for shape in ((8, 8, 3), (3, 8), (3, 0, 8)):
-        with pytest.raises(MiniCogViewError, match=r"picture tensor has shape .*: give \(3, H, W\)"):
+    for shape in ((8, 8, 5), (8,), (3, 0, 8), (0, 3)):
+        with pytest.raises(MiniCogViewError, match=r"the picture has shape .*: give \(3, H, W\)"):
             to_tensor(torch.zeros(shape))
+
+
+PIXELS = gradient(5, 7)
+BYTES = (PIXELS * 255).round().byte()
+EQUAL: dict[str, Any] = {
+    "tensor (3, H, W)": PIXELS,
+    "tensor (H, W, 3)": PIXELS.permute(1, 2, 0),
+    "a batch of one": PIXELS[None],
+    "a list of one": [PIXELS],
+    "float64": PIXELS.double().numpy(),
+    "float (H, W, 3)": PIXELS.permute(1, 2, 0).numpy(),
+    "with a gradient": PIXELS.clone().requires_grad_(),
+    "bytes": BYTES,
+    "bytes (H, W, 3)": BYTES.permute(1, 2, 0).numpy(),
+    "bytes (H, W, 4)": np.asarray(to_pil(PIXELS).convert("RGBA")),
+    "int64": BYTES.long(),
+    "16 bits": BYTES.numpy().astype(np.uint16) * 257,
+    "16 bits, the other end first": (BYTES.numpy().astype(np.uint16) * 257).astype(">u2"),
+    "16 bits in int32": BYTES.int() * 257,
+    "nested lists": PIXELS.tolist(),
+    "three lists of arrays": list(BYTES.numpy()),
+    "PIL": to_pil(PIXELS),
+    "a list with a PIL image": [to_pil(PIXELS)],
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_one_picture_has_one_meaning(name: str) -> None:
+    assert torch.allclose(to_tensor(EQUAL[name]), PIXELS, atol=1e-6)
+    assert np.array_equal(np.asarray(to_image(EQUAL[name]))[..., :3], BYTES.permute(1, 2, 0).numpy())
+
+
+def test_deep_and_grey_pictures_keep_their_brightness(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 35).reshape(5, 7)
+    deep, wanted = (ramp * 65535).round(), torch.from_numpy(ramp).float().expand(3, -1, -1)
+    given: dict[str, Any] = {
+        "I": Image.fromarray(deep.astype(np.int32)),
+        "I;16": Image.fromarray(deep.astype(np.uint16)),
+        "F": Image.fromarray(ramp.astype(np.float32)),
+        "(H, W)": ramp,
+        "(1, H, W)": torch.from_numpy(ramp)[None],
+        "(H, W, 1)": deep.astype(np.uint16)[..., None],
+    }
+    given["I;16"].save(tmp_path / "deep.png")
+    given["file"] = tmp_path / "deep.png"
+    for name, picture in given.items():
+        assert torch.allclose(to_tensor(picture), wanted, atol=2e-5), name
+        shown = np.asarray(to_image(picture)) / 255
+        assert shown.shape == (5, 7, 3) and np.abs(shown - ramp[..., None]).max() <= 0.5 / 255 + 1e-5, name
+
+
+def test_transparent_arrays_go_on_white() -> None:
+    half = torch.tensor([1.0, 0, 0, 0.2])[:, None, None].expand(4, 5, 7)
+    wanted = torch.tensor([1.0, 0.8, 0.8])[:, None, None].expand(3, 5, 7)
+    assert torch.allclose(to_tensor(half), wanted) and to_image(half).mode == "RGBA"
+
+
+@pytest.mark.parametrize(
+    ("picture", "reason"),
+    [
+        (PIXELS * 2 - 1, "the picture has values from -1 to 1: add 1 and divide by 2"),
+        (PIXELS * 255, "the picture has values from 0 to 255: divide by 255"),
+        (PIXELS * 65535, "divide by 65535"),
+        (PIXELS * 1.5, r"values from 0 to 1\.5"),
+        (PIXELS / 0, r"\d+ of 105 values of the picture are NaN or infinite"),
+        (BYTES.numpy() - 128.0, "values from -128 to 127"),
+        (BYTES.int() * 1000, "values from 0 to 255000"),
+        ((PIXELS > 0.5).int(), "integers, 0 and 1 alone"),
+        ((PIXELS > 0.5).numpy().astype(np.uint32), "integers, 0 and 1 alone"),
+        (Image.fromarray(np.full((5, 7), 255, np.float32)), "values from 255 to 255: divide by 255"),
+        (PIXELS.expand(2, 3, 5, 7), r"a batch of pictures of shape \(2, 3, 5, 7\): give one at a time"),
+        ([PIXELS, PIXELS], r"a batch of pictures of shape \(2, 3, 5, 7\)"),
+        ([to_pil(PIXELS)] * 2, "a list of 2 pictures: give one at a time"),
+        ([], "picture has shape"),
+        ([[0.5], [0.5, 1]], "the picture, a list, is no plain array: give rows of equal length"),
+        (PIXELS.to(torch.complex64), "picture is of type Tensor"),
+        (None, "picture is of type NoneType"),
+        (b"PNG", "picture is of type bytes"),
+        ({}, "picture is of type dict"),
+        (torch.eye(3).to_sparse(), "the picture, a Tensor, is no plain array"),
+        (torch.zeros(3, 2, 2, device="meta"), "the picture, a Tensor, is no plain array"),
+        (np.array([None]), "picture is of type ndarray"),
+        (Image.new("RGB", (0, 4)), "has 0 x 4 pixels: give at least one"),
+        (Image.new("La", (4, 4)), "the picture cannot be shown"),
+    ],
+)
+def test_what_has_no_one_reading_is_refused(picture: Any, reason: str) -> None:
+    for read in (to_tensor, to_image):
+        with pytest.raises(MiniCogViewError, match=reason) as caught:
+            read(picture)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_noticed_when_pil_opened_it(tmp_path: Path) -> None:
+    to_pil(gradient(64, 64)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:150])
+    closed = Image.open(tmp_path / "cut.png")
+    with pytest.raises(MiniCogViewError, match="the picture cannot be read"):
+        to_tensor(closed)
+
+
+def test_codes_are_told_from_pixels() -> None:
+    codes = torch.arange(9).reshape(3, 3)
+    for given in (codes, codes.byte(), codes.numpy(), codes.tolist()):
+        found = as_codes(given, 3)
+        assert found is not None and torch.equal(found, codes)
+    for picture in (codes / 9, codes.byte().repeat(2, 2), codes[None], "3", Image.new("I", (3, 3)), [PIXELS, PIXELS]):
+        assert as_codes(picture, 3) is None
+
+
+# --- size
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_is_named_at_once(tmp_path: Path) -> None:
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "huge.png")
+    lazy: Callable[[], Image.Image] = lambda: Image.open(tmp_path / "huge.png")  # noqa: E731
+    for picture in (tmp_path / "huge.png", lazy, np.broadcast_to(np.uint8(0), (13_000, 13_000, 3))):
+        start = time.perf_counter()
+        with pytest.raises(MiniCogViewError, match="has 13000 x 13000 pixels, more than 67 million: shrink it first"):
+            to_tensor(picture() if callable(picture) else picture)
+        assert time.perf_counter() - start < 2
+
+
+def test_a_large_picture_is_shrunk_early(tmp_path: Path) -> None:
+    smooth = to_pil(gradient(3000, 1200))
+    for name in ("large.jpg", "large.png"):
+        smooth.save(tmp_path / name)
+        small = to_tensor(tmp_path / name, side=32)
+        assert small.shape == (3, 1500, 1200)
+        assert to_tensor(tmp_path / name).shape == (3, 3000, 1200)
+        assert (small.mean((1, 2)) - 0.5).abs().max() < 0.01
+    Image.new("RGB", (12_000, 12_000), "red").save(tmp_path / "huge.jpg")
+    small = to_tensor(tmp_path / "huge.jpg", side=32)
+    assert small.shape == (3, 1500, 1500) and small[0].min() > 0.9
+    with pytest.raises(MiniCogViewError, match="12000 x 12000"):
+        to_image(tmp_path / "huge.jpg")
 
 
 # --- the object that holds pictures
@@ -108,3 +250,21 @@ def test_saving_leaves_no_half_files(tmp_path: Path) -> None:
     with pytest.raises(MiniCogViewError, match=r"cannot write .*b\.png"):
         save(Image.new("RGB", (2, 2)), tmp_path / "b.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.png", "new"]
+
+
+def test_sheets_are_white_where_pictures_are_transparent() -> None:
+    hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    for sheet in (contact_sheet([[hidden]]), contact_sheet([[hidden]], scale=3)):
+        assert sheet.mode == "RGB" and sheet.getextrema() == ((255, 255),) * 3
+    large = contact_sheet([[Image.new("RGB", (3000, 1500))]], gap=0, largest=1000)
+    assert large.size == (1000, 500)
+
+
+def test_profile_and_exif_are_written(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    image = Image.new("RGB", (2, 2))
+    image.info.update(exif=exif.tobytes(), icc_profile=b"profile")
+    save(image, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as again:
+        assert again.getexif()[0x010F] == "a camera" and again.info["icc_profile"] == b"profile"

@@ -127,22 +127,66 @@ def test_post_selection_keeps_the_likeliest_captions(model: CogView2, monkeypatc
     ("arguments", "message"),
     [
         ({"text": ""}, "text is empty"),
-        ({"text": "cat", "n": 2, "keep": 3}, "keep is 3: keep 1 to n = 2"),
+        ({"text": "cat", "n": 2, "keep": 3}, "keep is 3: give an integer from 1 to 2"),
         ({"text": "cat", "keep": 0}, "keep is 0"),
         ({"text": " \n"}, "text is empty"),
         ({"text": "apple " * 60}, r"text has 60 tokens, at most 48 fit"),
         ({"text": "cat", "n": 0}, "n is 0"),
         ({"text": "cat", "seed": -1}, "seed is -1"),
-        ({"text": "cat", "temperature": -1}, "temperature -1"),
+        ({"text": "cat", "temperature": -1}, "temperature is -1: give a number from 0 to 1000"),
         ({"text": "cat", "temperature": float("nan")}, "temperature is nan"),
-        ({"text": "cat", "top_k": 0}, "top_k 0"),
+        ({"text": "cat", "top_k": 0}, "top_k is 0"),
         ({"text": "cat", "n_clusters": 65}, "65 clusters of 64"),
+        ({"text": None}, "text is None: give a string"),
+        ({"text": 7}, "text is 7: give a string"),
+        ({"text": "cat", "n": 10**9}, "n is 1000000000: give an integer from 1 to 10000"),
+        ({"text": "cat", "n": 1.5}, "n is 1.5"),
+        ({"text": "cat", "n": "2"}, "n is '2'"),
+        ({"text": "cat", "n": True}, "n is True"),
+        ({"text": "cat", "seed": 0.5}, "seed is 0.5"),
+        ({"text": "cat", "seed": 10**22}, "seed is 1000"),
+        ({"text": "cat", "stages": 0}, "stages is 0: give an integer from 1 to 1"),
+        ({"text": "cat", "temperature": "0.5"}, "temperature is '0.5': give a number"),
+        ({"text": "cat", "temperature": None}, "temperature is None"),
+        ({"text": "cat", "temperature": 1e-30}, "temperature is 1e-30: give 0"),
+        ({"text": "cat", "top_k": 5.5}, "top_k is 5.5: give an integer"),
+        ({"text": "cat", "guidance": -5}, "guidance is -5: give a number from 0 to 1000"),
+        ({"text": "cat", "text_weight": float("inf")}, "text_weight is inf"),
         ({"text": "cat", "heat": 1}, "unknown sampling setting 'heat': choose from temperature"),
     ],
 )
 def test_generate_refuses(model: CogView2, arguments: dict, message: str) -> None:
     with pytest.raises(MiniCogViewError, match=message):
         model.generate(**arguments)
+
+
+def test_numbers_of_other_types_are_taken(model: CogView2) -> None:
+    plain = model.generate("cat", n=2, seed=3, top_k=5, temperature=2)
+    settings = {"top_k": 5.0, "temperature": np.float32(2)}
+    same = model.generate("cat", n=np.int64(2), seed=torch.tensor(3), keep=None, stages=1.0, **settings)
+    assert torch.equal(plain.tokens, same.tokens) and same.seeds == [3, 4] and type(same.seeds[0]) is int
+    assert torch.equal(plain.tokens[:1], model.generate("cat", n=1.0, seed=np.int8(3), **settings).tokens)
+    free = model.generate("cat", n=2, seed=None)
+    assert torch.equal(free.tokens, model.generate("cat", n=2, seed=free.seeds[0]).tokens)  # the seed is reported
+    assert model.complete("cat", free.tokens[0], torch.eye(3), n=2.0, seed=None).tokens.shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_the_process_does_not_matter(folder: Path, model: CogView2, dtype: torch.dtype) -> None:
+    def results(model: CogView2) -> list[torch.Tensor]:
+        drawn = model.generate("a red apple", n=3, seed=1, keep=2)
+        completed = model.complete("cat", drawn[0], torch.eye(3), seed=1)
+        return [drawn.tokens, drawn.caption_scores, completed.tokens, model.score(drawn[0], ["cat", "dog"])]
+
+    expected = results(model)
+    torch.set_default_dtype(dtype)
+    try:
+        found = [results(model), results(CogView2.from_pretrained(folder, TINY))]
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for values in found:
+        assert all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
 
 
 # --- the other tasks
@@ -188,6 +232,7 @@ def test_caption_and_score(model: CogView2) -> None:
     together = model.score(picture, texts)
     one_by_one = torch.cat([model.score(picture, [text]) for text in texts])
     torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=0)
+    assert torch.equal(model.score(picture, "a red apple"), model.score(picture, ["a red apple"]))
     assert (together < 0).all() and len(model.score(picture, [])) == 0
     with pytest.raises(MiniCogViewError, match="text is empty"):
         model.score(picture, ["cat", ""])
@@ -202,6 +247,9 @@ def test_sizes_name_the_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert CogView2.from_pretrained(folder, "toy").sampling == PRESETS["toy"].sampling
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     assert CogView2.from_pretrained(str(folder)).sampling == TINY.sampling
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for home in (f"~/{folder.name}", Path("~", folder.name)):
+        assert CogView2.from_pretrained(home).sampling == TINY.sampling
 
 
 def test_presets_without_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -250,6 +298,10 @@ def test_cluster_labels_beside_the_weights_are_used(folder: Path, tmp_path: Path
     model = CogView2.from_pretrained(labelled, TINY)
     clusters = model.sampler([0]).clusters
     assert clusters is not None and clusters.labels.tolist() == labels.tolist()
+    picture = model.generate("cat", n=1, n_clusters=5)  # their own number of clusters
+    assert torch.equal(picture.tokens, model.generate("cat", n=1).tokens) and model.generate("cat", n=1, n_clusters=0)
+    with pytest.raises(MiniCogViewError, match=r"n_clusters is 7: give an integer from 5 to 5 .cluster_label\.npy"):
+        model.generate("cat", n=1, n_clusters=7)
     np.save(labelled / "cluster_label.npy", labels[:5])
     with pytest.raises(MiniCogViewError, match=r"cluster_label\.npy"):
         CogView2.from_pretrained(labelled, TINY)

@@ -245,8 +245,8 @@ def test_links_between_files_lead_somewhere() -> None:
 # --- What may import what ---------------------------------------------------------------------------------
 
 # A module imports from its own layer and from those before it; CONCEPTS are all others directly in minicogview/.
-LAYERS = """errors config < kernels < CONCEPTS < scale < checkpoints < pipeline < variations styles < data < evaluation
-< figures training < cli __main__"""
+LAYERS = """errors numbers config < kernels < CONCEPTS < scale < checkpoints < pipeline < variations styles < data
+< evaluation < figures training < cli __main__"""
 
 
 def layer(module: str) -> int:

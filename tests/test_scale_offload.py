@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_upsampling import write_stages
 from tiny import ENLARGED
 from torch import nn
@@ -72,7 +73,7 @@ def test_a_foreign_direct_stage_is_refused_when_its_turn_comes(folder: Path, tmp
 def test_the_command_has_it_and_judging_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, extra in (("all", []), ("one", ["--offload"])):
         assert main(["generate", "a red apple", "--n", "1", "--out", str(tmp_path / name), *extra]) == 0
-    one, other = ((tmp_path / name / "a-red-apple_0.png").read_bytes() for name in ("all", "one"))
+    one, other = (Image.open(tmp_path / name / "a-red-apple_0.png").tobytes() for name in ("all", "one"))
     assert one == other
     capsys.readouterr()
     with pytest.raises(MiniCogViewError, match="without offload"):

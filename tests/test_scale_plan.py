@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import ENLARGED
 from torch import nn
 
@@ -210,7 +211,7 @@ def test_the_command_makes_random_weights_once(
         assert main(["generate", "a red apple", *options]) == 0
         said = capsys.readouterr().err
         assert "random-toy" in said and "plan: all weights in memory" in said
-    one, two = ((tmp_path / name / "a-red-apple_0.png").read_bytes() for name in ("one", "two"))
+    one, two = (Image.open(tmp_path / name / "a-red-apple_0.png").tobytes() for name in ("one", "two"))
     assert one == two
 
 

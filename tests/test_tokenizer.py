@@ -292,8 +292,8 @@ def test_default_level_and_sizes(pictures: Tokenizer) -> None:
 def test_bad_pictures(tmp_path: Path, pictures: Tokenizer, toy: Tokenizer) -> None:
     with pytest.raises(MiniCogViewError, match=r"none\.png does not exist"):
         pictures.encode_picture(tmp_path / "none.png")
-    with pytest.raises(MiniCogViewError, match=r"shape \(8, 8, 3\): give \(3, H, W\)"):
-        pictures.encode_picture(torch.zeros(8, 8, 3))
+    with pytest.raises(MiniCogViewError, match=r"shape \(8, 8, 5\): give \(3, H, W\)"):
+        pictures.encode_picture(torch.zeros(8, 8, 5))
     with pytest.raises(MiniCogViewError, match="size 0 is no picture size"):
         pictures.encode_picture(gradient(8, 8), size=0)
     with pytest.raises(MiniCogViewError, match=r"no level 3: choose 0 \(finest\) to 2"):

@@ -11,6 +11,7 @@ import torch
 from minicogview.coglm import CogLM
 from minicogview.config import CogLMConfig, LayoutConfig, TransformerConfig
 from minicogview.data import shapes
+from minicogview.errors import MiniCogViewError
 from minicogview.tokenizer import Tokenizer
 from minicogview.training import RunOptions, Settings, fit
 from minicogview.training.coglm import (
@@ -23,6 +24,7 @@ from minicogview.training.coglm import (
     spread_targets,
 )
 from minicogview.training.recipes import TOY_WEIGHTS
+from minicogview.training.super_resolution import SuperResolutionRecipe
 
 CODES = 16
 
@@ -44,6 +46,22 @@ def make_data() -> CogLMData:
 @pytest.fixture(scope="module")
 def data() -> CogLMData:
     return make_data()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("batch_size", value) for value in (0, -1, 2.5, "8")), ("seed", -1), ("no_caption", 1.1), ("max_noise", -0.1),
+        *(("shares", value) for value in ((0.5, 0.5), (0, 0, 0, 0), (1, 1, 1, -1), (1, 1, 1, float("nan")))),
+        ("n_lookalikes", 0), ("n_neighbours", 0), ("text_weight", -1), ("softness", float("nan")),
+    ],
+)  # fmt: skip
+def test_recipes_refuse_numbers_outside_of_their_range(name: str, wrong: object) -> None:
+    for recipe in (CogLMRecipe, SuperResolutionRecipe):
+        if name in recipe.__dataclass_fields__:
+            with pytest.raises(MiniCogViewError, match=f"^{name} is .*: give "):
+                recipe(**{name: wrong})
+    assert CogLMRecipe(shares=[1, 1, 1, 1]).shares == (1, 1, 1, 1)
 
 
 def make(data: CogLMData, **recipe: object) -> CogLMObjective:

@@ -19,7 +19,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.scale import machine
 from minicogview.training.loop import RunOptions, fit
 from minicogview.training.optimizers import learning_rate, make_optimizers
-from minicogview.training.state import EMA, Settings
+from minicogview.training.state import EMA, Settings, checksum
 
 SETTINGS = Settings(steps=40, lr=1e-2, warmup=5)
 OPTIONS = RunOptions(log_every=4, save_every=5, progress=False, device="cpu")
@@ -32,7 +32,7 @@ class Regression:
         torch.manual_seed(0)
         layers = [nn.Linear(8, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(0.2), nn.Linear(width, 1)]
         self.model = nn.Sequential(*layers)
-        self.pause, self.seen, self.validated = pause, torch.zeros(()), 0
+        self.pause, self.seen, self.validated, self.batch_size = pause, torch.zeros(()), 0, 64
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step))
@@ -53,6 +53,9 @@ class Regression:
         self.validated += 1
         x, y = self.batch(10**6)
         return {"mse": (self.model(x) - y).square().mean().item()}
+
+    def decides(self) -> dict[str, object]:
+        return {"batch_size": self.batch_size, "data": "a1b2"}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"seen": self.seen}
@@ -176,6 +179,59 @@ def test_foreign_checkpoint(tmp_path):
         run(tmp_path, steps=6)
 
 
+def test_everything_that_decides_the_result_is_compared(tmp_path):
+    run(tmp_path, steps=6, max_seconds=0.0)
+    other = Regression()
+    other.batch_size = 8
+    with pytest.raises(MiniCogViewError, match=r"lr was 0.01, is 0.02; batch_size was 64, is 8.: give") as caught:
+        run(tmp_path, other, steps=6, lr=0.02)
+    assert all(word in str(caught.value) for word in ("force=True (--force)", "resume=False (--no-resume)"))
+    _, summary = run(tmp_path, other, steps=6, lr=0.02, weight_decay=0.5, force=True)
+    assert summary["start"] == 1 and summary["finished"]
+    stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert stored["settings"]["lr"] == 0.02 and stored["decides"]["batch_size"] == 8
+    assert stored["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.5  # the new setting is in use
+    _, summary = run(tmp_path, steps=6, force=True)  # nothing left to do
+    assert summary["start"] == 6 and summary["finished"]
+
+
+def test_weights_that_are_not_trained_are_compared(tmp_path):
+    def half_frozen(value: float) -> Regression:
+        objective = Regression()
+        objective.model[0].weight.requires_grad_(False).fill_(value)
+        return objective
+
+    run(tmp_path, half_frozen(0.1), steps=6, max_seconds=0.0)
+    with pytest.raises(MiniCogViewError, match=r"weights that are not trained, such as 0\.weight, are others"):
+        run(tmp_path, half_frozen(0.2), steps=6)
+    assert run(tmp_path, half_frozen(0.1), steps=6)[1]["start"] == 1
+
+
+def test_more_steps_extend_a_finished_run(tmp_path):
+    run(tmp_path / "whole", steps=10, max_seconds=0.0)
+    with pytest.raises(MiniCogViewError, match="steps was 10, is 14"):  # the schedule of an unfinished run is fixed
+        run(tmp_path / "whole", steps=14)
+    for name in ("whole", "parts"):
+        run(tmp_path / name, steps=10)
+        with pytest.raises(MiniCogViewError, match="steps was 10, is 9"):
+            run(tmp_path / name, steps=9)
+    whole, summary = run(tmp_path / "whole", steps=14)
+    assert summary["start"] == 10 and summary["step"] == 14 and summary["finished"]
+    for _ in range(4):
+        parts, summary = run(tmp_path / "parts", steps=14, max_seconds=0.0)
+        torch.rand(5)
+    assert summary["start"] == 13 and summary["finished"]
+    assert_same_weights(whole.model, parts.model)
+    assert [line["step"] for line in read_log(tmp_path / "whole")][-1] == 14
+
+
+def test_checksums_tell_data_apart():
+    one, other = torch.arange(6), torch.arange(6).reshape(2, 3)
+    assert checksum(one) == checksum(one.clone()) != checksum(other) != checksum(other, one)
+    assert checksum(other.T) == checksum(other.T.contiguous()) and checksum(one, None) == checksum(one)
+    assert checksum(one.to(torch.bfloat16)) != checksum(one.float()) and len(checksum(torch.zeros(()))) == 16
+
+
 def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     run(tmp_path, max_seconds=0.0)
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -196,7 +252,9 @@ def test_divergence_is_reported_and_not_saved(tmp_path):
             loss, scalars = super().loss(step)
             return (loss * float("nan") if step >= 7 else loss), scalars
 
-    with pytest.raises(MiniCogViewError, match=r"loss became nan.*lower lr"):
+    with pytest.raises(MiniCogViewError, match=r"loss became nan.*lower lr.*no checkpoint was written$"):
+        run(tmp_path / "new", Diverging(), save_every=None)
+    with pytest.raises(MiniCogViewError, match=r"loss became nan.*lower lr.*the checkpoint of step 7 is still good$"):
         run(tmp_path, Diverging(), save_every=1)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 7 and all(v.isfinite().all() for v in state["model"].values())
@@ -212,8 +270,24 @@ def test_bad_settings_and_folder(tmp_path):
         run(tmp_path, optimizer="sgd")
     with pytest.raises(MiniCogViewError, match="device 'abacus' cannot be used"):
         run(tmp_path, device="abacus")
-    with pytest.raises(MiniCogViewError, match="steps=0"):
-        run(tmp_path, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("lr", value) for value in (0, -1, float("nan"), float("inf"), 1e30, "1e-3", None)),
+        *(("steps", value) for value in (0, -1, 1.5, "9")),
+        *(("weight_decay", value) for value in (float("nan"), -1, float("inf"))),
+        *((every, value) for every in ("log_every", "save_every", "validate_every") for value in (0, -1, 0.5)),
+        ("warmup", -1), ("grad_clip", 0), ("ema_decay", 1.1), ("betas", (0.9, 1.0)), ("betas", (0.9,)),
+        ("max_seconds", -1), ("save_every_s", None), ("log_every", None),
+    ],
+)  # fmt: skip
+def test_numbers_outside_of_their_range_are_refused(name: str, wrong: object) -> None:
+    with pytest.raises(MiniCogViewError, match=rf"^{name} is .*: give ") as caught:
+        dataclasses.replace(SETTINGS if hasattr(SETTINGS, name) else OPTIONS, **{name: wrong})
+    assert "\n" not in str(caught.value)
+    assert dataclasses.replace(SETTINGS, steps=5.0).steps == 5
 
 
 def test_works_without_tensorboard(tmp_path, monkeypatch, capsys):

@@ -69,8 +69,13 @@ def test_stages_stop_early(model: CogView2) -> None:
     assert second.iterative is None and second[0].size == (36, 36)
     assert whole.direct and np.array_equal(second[0], whole.direct[0])
     assert torch.equal(whole.tokens, first.tokens)
+    for stages in (1, 2, 3):
+        told: list[tuple[int, np.ndarray]] = []
+        keep = lambda *each, told=told: told.append(each)  # noqa: E731
+        drawn = model.generate("a red apple", n=3, seed=5, stages=stages, on_picture=keep)
+        assert [seed for seed, _ in told] == [5, 6, 7] and all(a is b for (_, a), b in zip(told, drawn, strict=True))
     for stages in (0, 4):
-        with pytest.raises(MiniCogViewError, match=f"stages is {stages}: these weights have 1 to 3"):
+        with pytest.raises(MiniCogViewError, match=f"stages is {stages}: give an integer from 1 to 3"):
             model.generate("a red apple", stages=stages)
 
 
@@ -138,7 +143,7 @@ def test_a_region_holds_in_every_round(model: CogView2) -> None:
 def test_weights_of_the_first_stage_alone_draw_coarse_pictures(tmp_path: Path) -> None:
     model = CogView2.from_pretrained(write_tiny(tmp_path), TINY)
     assert model.n_stages == 1 and model.generate("cat", n=1)[0].size == (12, 12)
-    with pytest.raises(MiniCogViewError, match="stages is 2: these weights have 1 to 1"):
+    with pytest.raises(MiniCogViewError, match="stages is 2: give an integer from 1 to 1"):
         model.generate("cat", stages=2)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minicogview.checkpoints.reading import check_finite, check_tensor, refuse_pointer, refusing, replace_sum, shown
 from minicogview.checkpoints.sat import SatFolder, open_torch_file, sat_config, sat_to_ours
 from minicogview.checkpoints.shards import LIMIT, OnStep, free_room, n_bytes, write_shards
 from minicogview.checkpoints.weight_files import FILES, save_model, sharing_facts
@@ -51,6 +52,7 @@ class Source:
     names: dict[str, str]  # our name: the release's
     same: list[str] = dataclasses.field(default_factory=list)  # our names of those equal to CogLM's: not written
     dtype: torch.dtype | None = None  # of the written weights; None: as released
+    ignored: list[str] = dataclasses.field(default_factory=list)  # the release's names of weights that are not ours
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every weight that is written."""
@@ -63,8 +65,10 @@ class Source:
         }
 
     def get(self, ours: str) -> Tensor:
-        """A weight by our name."""
-        return self.folder.tensor(self.names[ours]).to(self.dtype)
+        """A weight by our name, without NaN and infinity."""
+        value = self.folder.tensor(self.names[ours])
+        check_finite(self.names[ours], value, self.folder.path)
+        return value.to(self.dtype)
 
 
 def find_parts(source: Path) -> dict[str, Path]:
@@ -91,14 +95,18 @@ def build(kind: str, coglm: CogLMConfig, preset: Preset) -> tuple[nn.Module, Any
         return (DirectSR(config) if kind == "direct" else IterativeSR(config)), config
 
 
-def check_source(kind: str, folder: SatFolder, preset: Preset) -> Source:
+def check_source(kind: str, folder: SatFolder, preset: Preset, ignore_unexpected: bool = False) -> Source:
     """A released folder, after making sure that it holds the model that its name promises.
+
+    Args:
+        ignore_unexpected: list parameters that the model does not have, instead of raising; the original's loader
+            ignores them.
 
     Raises:
         MiniCogViewError: if its sizes are not the preset's; or with the names of parameters that are missing,
             unexpected, or have another shape.
     """
-    config = sat_config(folder.sizes, preset.coglm.ids, preset.coglm.layout, preset.vqvae.codebook_size)
+    config = sat_config(folder.sizes, preset.coglm.ids, preset.coglm.layout, preset.vqvae.codebook_size, folder.shapes)
     found, wanted = config.transformer, preset.coglm.transformer
     for name in ("n_layers", "d_model", "n_heads", "vocab_size"):
         if getattr(found, name) != getattr(wanted, name):
@@ -114,18 +122,19 @@ def check_source(kind: str, folder: SatFolder, preset: Preset) -> Source:
             names[our_name(kind, theirs)] = theirs
         except MiniCogViewError:
             unknown.append(theirs)
-    unknown += [names[ours] for ours in names.keys() - own.keys()]
+    unknown += [names.pop(ours) for ours in names.keys() - own.keys()]
+    ignored = sorted(unknown) if ignore_unexpected else []
     missing = sorted(own.keys() - names.keys())
     shapes = [
         f"{names[ours]} {folder.shapes[names[ours]]} instead of {shape}"
         for ours, shape in own.items()
         if ours in names and folder.shapes[names[ours]] != shape
     ]
-    problems = {"missing": missing, "unexpected": sorted(unknown), "of another shape": shapes}
+    problems = {"missing": missing, "unexpected": [] if ignored else sorted(unknown), "of another shape": shapes}
     said = "; ".join(f"{what}: {', '.join(which[:5])}" for what, which in problems.items() if which)
     if said:
-        raise MiniCogViewError(f"{folder.path} is not the {kind} model. {said}")
-    return Source(kind, folder, built, names)
+        raise MiniCogViewError(f"{folder.path} is not the {kind} model. {shown(said, 1000)}")
+    return Source(kind, folder, built, names, ignored=ignored)
 
 
 def equal_to_coglm(source: Source, coglm: Source) -> Iterator[str]:
@@ -151,7 +160,11 @@ def check_vqvae(path: Path, preset: Preset) -> VQVAE:
     weights = content.get("module", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise MiniCogViewError(f"{path} holds no picture tokenizer: expected a dictionary of tensors")
-    vqvae = from_official(weights)
+    for name, value in weights.items():
+        check_tensor(name, value, path)
+        check_finite(name, value, path)
+    with refusing(path, "is not a picture tokenizer", "copy it again"):
+        vqvae = from_official(weights)
     if vqvae.config != preset.vqvae:
         raise MiniCogViewError(f"{path} is not the picture tokenizer of the preset {preset.name}")
     return vqvae
@@ -179,6 +192,7 @@ def import_released(
     on_step: OnStep | None = None,
     limit: int = LIMIT,
     dtype: torch.dtype | None = None,
+    ignore_unexpected: bool = False,
 ) -> dict[str, Any]:
     """Turn the released folders into a folder of weights for ``CogView2.from_pretrained``.
 
@@ -190,9 +204,10 @@ def import_released(
         limit: bytes in a file.
         dtype: of the written weights; None: as released. Weights that are stored in the dtype of the computation can
             be used without a copy: bfloat16 suits CPUs, the released float16 suits GPUs.
+        ignore_unexpected: leave out parameters that the models do not have, instead of raising.
 
     Returns:
-        ``parts`` that were imported, ``missing`` ones, ``bytes`` written.
+        ``parts`` that were imported, ``missing`` ones, ``bytes`` written, parameters that were ``ignored``.
 
     Raises:
         MiniCogViewError: if there is nothing to import, a part is not what it should be, or the disk is too small. In
@@ -202,7 +217,9 @@ def import_released(
     parts = find_parts(source)
     if not parts:
         raise MiniCogViewError(f"{source} has no part of the release: expected any of {', '.join(RELEASED.values())}")
-    models = {kind: check_source(kind, SatFolder(parts[kind]), preset) for kind in MODELS if kind in parts}
+    models = {
+        kind: check_source(kind, SatFolder(parts[kind]), preset, ignore_unexpected) for kind in MODELS if kind in parts
+    }
     vqvae = check_vqvae(parts["vqvae"], preset) if "vqvae" in parts else None
     if "labels" in parts:
         load_labels(parts["labels"], preset.vqvae.codebook_size)
@@ -218,9 +235,16 @@ def import_released(
         save_model(target / FILES["vqvae"], vqvae, vqvae.config, "vqvae", dtype=torch.float32)
     for part in ("text", "labels"):
         if part in parts:
+            refuse_pointer(parts[part])
             shutil.copyfile(parts[part], target / FILES[part])
+            replace_sum(target / FILES[part])
     written = sum(sum(model.sizes().values()) for model in models.values())
-    return {"parts": list(parts), "missing": [part for part in RELEASED if part not in parts], "bytes": written}
+    return {
+        "parts": list(parts),
+        "missing": [part for part in RELEASED if part not in parts],
+        "bytes": written,
+        "ignored": [name for model in models.values() for name in model.ignored],
+    }
 
 
 def write_model(model: Source, target: Path, on_step: OnStep | None, limit: int) -> None:

@@ -15,20 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minicogview.checkpoints.reading import FLOATS, check_finite, compare_checksum
 from minicogview.checkpoints.weight_files import (
     FILES,
     STAGES,
+    build,
     has_weights,
     load_config,
     load_into,
     load_part,
     load_weights,
+    other_base,
     remember_identity,
     same_as_coglm,
     stored_dtype,
 )
 from minicogview.coglm import CogLM
-from minicogview.config import PRESETS, CogLMConfig, Preset, VQVAEConfig, get_preset
+from minicogview.config import PRESETS, CogLMConfig, Preset, SuperResolutionConfig, VQVAEConfig, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.scale.machine import pick_device
@@ -127,33 +130,39 @@ class Stage(NamedTuple):
     stack: Transformer | DirectSR | IterativeSR  # whose layers may stay on the disk
     own: nn.Module  # the modules that have weights of their own, not those of another stage
     way: Way
+    allow_other_base: bool = False
 
 
-def load_stages(folder: Path, plan: Plan) -> Stages:
+def load_stages(folder: Path, plan: Plan, allow_other_base: bool = False) -> Stages:
     """CogLM and, where there are files, both super-resolution models, in eval mode.
 
     Args:
         plan: how each has its weights.
+        allow_other_base: warn, instead of raising, if a stage was trained on top of another CogLM.
 
     Raises:
-        MiniCogViewError: if a file is missing or damaged, or the direct stage was trained on top of another CogLM.
+        MiniCogViewError: if a file is missing or damaged, or a stage was trained on top of another CogLM.
     """
+    for part in ("text", "labels"):  # the weights are compared when they are read
+        if (folder / FILES[part]).is_file():
+            compare_checksum(folder / FILES[part])
     files = {name: folder / FILES[name] for name in STAGES}
-    with torch.device("meta"):
-        coglm = CogLM(load_config(files["coglm"], "coglm")).eval()
+    first = load_config(files["coglm"], "coglm")
+    coglm = build(lambda: CogLM(first), files["coglm"])
     remember_identity(coglm.transformer, files["coglm"])
     stages = [Stage("coglm", coglm.transformer, coglm, plan.coglm)]
     direct = iterative = None
     if has_weights(files["direct"]):
+        second = stage_config(files["direct"], "direct", first, allow_other_base)
         shared = shares_transformer(files["direct"], coglm, plan)
-        with torch.device("meta"):
-            direct = DirectSR(load_config(files["direct"], "direct"), coglm.transformer if shared else None).eval()
+        base = coglm.transformer if shared else None
+        direct = build(lambda: DirectSR(second, base), files["direct"])
         own = {name: part for name, part in direct.named_children() if not (shared and name == "base")}
-        stages.append(Stage("direct", direct, nn.ModuleDict(own), plan.direct))
+        stages.append(Stage("direct", direct, nn.ModuleDict(own), plan.direct, allow_other_base))
     if direct is not None and has_weights(files["iterative"]):
-        with torch.device("meta"):
-            iterative = IterativeSR(load_config(files["iterative"], "iterative")).eval()
-        stages.append(Stage("iterative", iterative, iterative, plan.iterative))
+        third = stage_config(files["iterative"], "iterative", first, allow_other_base)
+        iterative = build(lambda: IterativeSR(third), files["iterative"])
+        stages.append(Stage("iterative", iterative, iterative, plan.iterative, allow_other_base))
 
     offload = Offload(plan.device)
     for stage in stages:
@@ -164,6 +173,14 @@ def load_stages(folder: Path, plan: Plan) -> Stages:
         return Stages(coglm, direct, iterative, offload)
     offload.need(*offload.modules)
     return Stages(coglm, direct, iterative)
+
+
+def stage_config(path: Path, kind: str, coglm: CogLMConfig, allow_other_base: bool) -> SuperResolutionConfig:
+    """A super-resolution stage's configuration, after comparing the CogLM in it with the one that it will work with."""
+    config: SuperResolutionConfig = load_config(path, kind)
+    if config.coglm != coglm:
+        other_base(path, allow_other_base)
+    return config
 
 
 def shares_transformer(path: Path, coglm: CogLM, plan: Plan) -> bool:
@@ -178,10 +195,10 @@ def bring(stage: Stage, folder: Path, plan: Plan, coglm: CogLM) -> None:
     if stage.name == "coglm":
         _, state = load_weights(path, "coglm", None)
     else:
-        _, state = load_part(path, stage.name, first, None)
+        _, state = load_part(path, stage.name, first, None, stage.allow_other_base)
     if stage.name == "direct":
         state = without_copies(state, same_as_coglm(path, coglm), stage, plan, coglm)
-    place(stage, state, plan, folder)
+    place(stage, state, plan, path)
 
 
 def without_copies(state: State, same: Sequence[str], stage: Stage, plan: Plan, coglm: CogLM) -> State:
@@ -200,7 +217,13 @@ def is_layer(name: str) -> bool:
 
 
 def place(stage: Stage, state: State, plan: Plan, source: Path) -> None:
-    """Give the modules of a stage weights that are mapped from files, in one of the four ways."""
+    """Give the modules of a stage weights that are mapped from files, in one of the four ways.
+
+    All numbers are checked for NaN and infinity when they are read, except those of layers that stay on the disk.
+    """
+    for name, value in state.items():
+        if value.dtype in FLOATS and not waits(stage, name):
+            check_finite(name, value, source)
     here = {name: value if waits(stage, name) else to(value, plan) for name, value in state.items()}
     load_into(stage.own, here, source, assign=True)
     if stage.way == "disk":
@@ -208,7 +231,7 @@ def place(stage: Stage, state: State, plan: Plan, source: Path) -> None:
     elif stage.way in BITS:
         for blocks in [part for part in stage.own.modules() if isinstance(part, nn.ModuleList)]:
             for block in blocks:
-                quantize_block(block, plan, 8 if stage.way == "int8" else 4)
+                quantize_block(block, plan, 8 if stage.way == "int8" else 4, source)
     if plan.matrices != plan.dtype:
         keep_half(stage.own, plan.dtype)
     if torch.device(plan.device).type == "cpu":
@@ -225,10 +248,11 @@ def to(value: Tensor, plan: Plan) -> Tensor:
     return value.to(plan.device, plan.dtype if value.ndim == 1 else plan.matrices)
 
 
-def quantize_block(block: nn.Module, plan: Plan, bits: Bits) -> None:
+def quantize_block(block: nn.Module, plan: Plan, bits: Bits, source: Path) -> None:
     """Quantize one layer, and let go of the pages of its file."""
     stored = [parameter.data for parameter in block.parameters()]
-    for parameter in block.parameters():
+    for name, parameter in block.named_parameters():
+        check_finite(name, parameter.data, source)
         parameter.data = to(parameter.data, plan)
     quantize_layers(block, bits, dtype=plan.dtype)
     if mapped_from_files(stored):

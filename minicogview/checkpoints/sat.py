@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import _codecs
 import argparse
-import json
 import re
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minicogview.checkpoints.reading import (
+    check_fields,
+    check_tensor,
+    inside,
+    read_json,
+    refuse_pointer,
+    refusing,
+    shown,
+)
 from minicogview.config import CogLMConfig, LayoutConfig, SpecialIds, TransformerConfig
 from minicogview.errors import MiniCogViewError
 from minicogview.scale.streaming import forget_pages
+
+MAX_RANKS = 1024  # the released models were trained on one rank each
 
 # Ours on the left, SwissArmyTransformer's on the right; {} is the layer's number.
 SAT_NAMES = {
@@ -40,6 +52,14 @@ SAT_NAMES = {
     "layers.{}.attention.out": "layers.{}.attention.dense",
     "layers.{}.mlp.up": "layers.{}.mlp.dense_h_to_4h",
     "layers.{}.mlp.down": "layers.{}.mlp.dense_4h_to_h",
+}
+# Fields of ``TransformerConfig``, and their names in ``model_config.json``.
+SIZES = {
+    "n_layers": "num_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_sequence_length",
 }
 # The weights that the super-resolution stages have beside the transformer.
 SAT_MIXINS = {
@@ -67,24 +87,29 @@ HARMLESS: list[Any] = [
 
 
 def open_torch_file(path: Path) -> Any:
-    """The content of a torch file, its tensors memory-mapped; no code in it is run.
+    """The content of a torch file; no code in it is run.
+
+    Tensors are memory-mapped, except those of files from before PyTorch 1.6, which are not in ZIP format.
 
     Raises:
         MiniCogViewError: if the file is missing, damaged, or holds anything that is neither a tensor nor harmless.
     """
     if not path.is_file():
         raise MiniCogViewError(f"checkpoint file {path} is missing: copy it again")
+    refuse_pointer(path)
     try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of unusual pickles before it refuses them
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises many kinds for a damaged file
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise MiniCogViewError(
-                f"{path} holds {found.group(1)}, which is not a tensor and might run code: refused, nothing was read"
+                f"{path} holds {shown(found.group(1))}, which is not a tensor and might run code: refused, "
+                "nothing was read"
             ) from None
         # PyTorch's first line suggests loading without the check.
         lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
-        reason = lines[0][:200] if lines else type(error).__name__
+        reason = shown(lines[0]) if lines else type(error).__name__
         raise MiniCogViewError(f"{path} is damaged or not a torch file ({reason}): copy it again") from None
 
 
@@ -101,12 +126,12 @@ def sat_to_ours(name: str) -> str:
         MiniCogViewError: if no CogView2 model has a parameter of this name.
     """
     names = SAT_MIXINS if name.startswith("mixins.") else SAT_NAMES
-    body, leaf = name.removeprefix("mixins.").removeprefix("transformer.").rsplit(".", 1)
+    body, _, leaf = name.removeprefix("mixins.").removeprefix("transformer.").rpartition(".")
     pattern, number = without_number(body)
     for ours, theirs in names.items():
         if theirs == pattern:
             return f"{ours.format(number)}.{leaf}"
-    raise MiniCogViewError(f"checkpoint parameter {name} is not known: is this a CogView2 checkpoint?")
+    raise MiniCogViewError(f"checkpoint parameter {shown(name)} is not known: is this a CogView2 checkpoint?")
 
 
 def ours_to_sat(name: str) -> str:
@@ -152,8 +177,17 @@ def merge(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def merged_shape(name: str, parts: Sequence[Tensor]) -> tuple[int, ...]:
-    """The shape of ``merge(name, parts)``, without reading the parts."""
+    """The shape of ``merge(name, parts)``, without reading the parts.
+
+    Raises:
+        MiniCogViewError: if the parts do not fit together.
+    """
     shape, axis = list(parts[0].shape), cut_axis(name)
+    others = {(part.dtype, *(n for i, n in enumerate(part.shape) if i != axis)) for part in parts}
+    thirds = "query_key_value" in name and any(part.shape[0] % 3 for part in parts)
+    if len(others) > 1 or thirds or (axis is not None and axis >= len(shape)):
+        said = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts[:4])
+        raise MiniCogViewError(f"{shown(name)} cannot be merged from {said}: do the files belong to one checkpoint?")
     if axis is not None:
         shape[axis] = sum(part.shape[axis] for part in parts)
     return tuple(shape)
@@ -170,6 +204,7 @@ class SatFolder:
         files: one for each rank.
         sizes: the content of ``model_config.json``.
         shapes: merged shape of each parameter by its official name.
+        mapped: whether the tensors are memory-mapped, so that ``let_go`` can free their memory.
 
     Raises:
         MiniCogViewError: if a file is missing, damaged or might run code; or if the ranks do not fit together.
@@ -180,45 +215,52 @@ class SatFolder:
         self.sizes = self._sizes()
         self.files = self._rank_files()
         self.ranks = [self._module(file) for file in self.files]
+        self.mapped = all(zipfile.is_zipfile(file) for file in self.files)
         names = self.ranks[0].keys()
         for file, rank in zip(self.files, self.ranks, strict=True):
             if rank.keys() != names:
-                differ = ", ".join(sorted(rank.keys() ^ names)[:5])
+                differ = shown(", ".join(sorted(rank.keys() ^ names)[:5]))
                 raise MiniCogViewError(f"{file} and {self.files[0].name} hold different parameters: {differ}")
         self.shapes = {name: merged_shape(name, [rank[name] for rank in self.ranks]) for name in names}
 
     def _sizes(self) -> dict[str, Any]:
         file = self.path / "model_config.json"
-        try:
-            return dict(json.loads(file.read_text()))
-        except (OSError, ValueError) as error:
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise MiniCogViewError(f"{file} {reason}: is {self.path} a checkpoint folder of CogView2?") from None
+        if not file.is_file():
+            raise MiniCogViewError(f"{file} is missing: is {self.path} a checkpoint folder of CogView2?")
+        return read_json(file, f"is {self.path} a checkpoint folder of CogView2?")
 
     def _rank_files(self) -> list[Path]:
-        try:
-            iteration = (self.path / "latest").read_text().strip()
-        except OSError:
-            raise MiniCogViewError(f"{self.path / 'latest'} is missing: it names the iteration to load") from None
-        folder = self.path / iteration
+        latest = self.path / "latest"
+        if not latest.is_file():
+            raise MiniCogViewError(f"{latest} is missing: it names the iteration to load")
+        refuse_pointer(latest)
+        with refusing(latest), latest.open(encoding="utf-8-sig") as file:
+            iteration = file.read(1000).strip()
+        folder = inside(self.path, iteration, latest)
         found = sorted(folder.glob("mp_rank_*_model_states.pt"))
         expected = [folder / f"mp_rank_{i:02d}_model_states.pt" for i in range(max(len(found), self.n_ranks))]
         missing = [file.name for file in expected if file not in found]
         if missing:
-            raise MiniCogViewError(f"{folder} lacks {', '.join(missing)}: copy all ranks of the checkpoint")
-        return expected
+            raise MiniCogViewError(f"{folder} lacks {', '.join(missing[:3])}: copy all ranks of the checkpoint")
+        return [inside(folder, file.name, self.path) for file in expected]
 
     @property
     def n_ranks(self) -> int:
         """How many ranks the model was split over, according to ``model_config.json``."""
-        return max(1, int(self.sizes.get("model_parallel_size", 1)))
+        n = self.sizes.get("model_parallel_size", 1)
+        if type(n) is not int or not 1 <= n <= MAX_RANKS:
+            file = self.path / "model_config.json"
+            raise MiniCogViewError(f"{file} has model_parallel_size {shown(repr(n), 60)}: expected 1 to {MAX_RANKS}")
+        return n
 
     @staticmethod
     def _module(file: Path) -> dict[str, Tensor]:
         content = open_torch_file(file)
         module = content.get("module") if isinstance(content, dict) else None
-        if not isinstance(module, dict) or not all(isinstance(value, Tensor) for value in module.values()):
+        if not isinstance(module, dict) or not module:
             raise MiniCogViewError(f"{file} has no dictionary of tensors named module: it is another kind of file")
+        for name, value in module.items():
+            check_tensor(name, value, file)
         return module
 
     def tensor(self, name: str) -> Tensor:
@@ -227,7 +269,7 @@ class SatFolder:
 
     def let_go(self, names: Iterable[str]) -> None:
         """Free the memory of these parameters; they are read from the file again when they are used."""
-        for name in names:
+        for name in names if self.mapped else ():
             for rank in self.ranks:
                 forget_pages(rank[name])
 
@@ -237,21 +279,23 @@ def sat_transformer(module: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {sat_to_ours(k): v.float() for k, v in module.items() if k.startswith("transformer.")}
 
 
-def sat_config(sizes: Mapping[str, Any], ids: SpecialIds, layout: LayoutConfig, n_codes: int) -> CogLMConfig:
+def sat_config(
+    sizes: Mapping[str, Any], ids: SpecialIds, layout: LayoutConfig, n_codes: int, names: Iterable[str] = ()
+) -> CogLMConfig:
     """Our configuration for the sizes in a SAT ``model_config.json``.
 
+    Args:
+        names: official names of the parameters, which tell whether the norms are in sandwich order where the file does
+            not: only then each layer has a third and a fourth one.
+
     Raises:
-        MiniCogViewError: if a size is missing.
+        MiniCogViewError: if a size is missing or makes no sense.
     """
-    try:
-        transformer = TransformerConfig(
-            n_layers=sizes["num_layers"],
-            d_model=sizes["hidden_size"],
-            n_heads=sizes["num_attention_heads"],
-            vocab_size=sizes["vocab_size"],
-            max_positions=sizes["max_sequence_length"],
-            norm="sandwich" if sizes.get("layernorm_order") == "sandwich" else "pre",
-        )
-    except KeyError as error:
-        raise MiniCogViewError(f"model_config.json lacks {error}: is this a checkpoint of CogView2?") from None
+    order = sizes.get("layernorm_order", "sandwich" if any("third_layernorm" in name for name in names) else "pre")
+    source = "model_config.json"
+    if lacking := [name for name in SIZES.values() if name not in sizes]:
+        raise MiniCogViewError(f"{source} lacks {lacking[0]!r}: is this a checkpoint of CogView2?")
+    with refusing(source, "has sizes that make no sense", "is this a checkpoint of CogView2?"):
+        transformer = TransformerConfig(**{ours: sizes[theirs] for ours, theirs in SIZES.items()}, norm=order)
+    check_fields(transformer, source)
     return CogLMConfig(transformer, layout, ids, n_codes)

@@ -10,19 +10,19 @@ carry in their headers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minicogview.checkpoints.reading import WeightFile, checksum, inside, read_json, refusing, texts
 from minicogview.errors import MiniCogViewError
 
 LIMIT = 2**29  # bytes in a file; a single larger weight has a file of its own
@@ -48,20 +48,26 @@ def group_by_file(sizes: Mapping[str, int], limit: int = LIMIT) -> list[list[str
     return files
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1))
     os.replace(part, path)
+
+
+def finished_files(progress: Path, source: str) -> dict[str, str]:
+    """Checksums of the files that an interrupted run wrote from the same source; none if its notes are damaged."""
+    try:
+        known = read_json(progress) if progress.is_file() else {}
+        return texts(known["sha256"], "sha256") if known.get("source") == source else {}
+    except (ValueError, KeyError):
+        return {}
+
+
+def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, where several lie in one storage as copies of their own: safetensors stores no ties."""
+    times = Counter(value.untyped_storage().data_ptr() for value in state.values())
+    return {n: v.clone() if times[v.untyped_storage().data_ptr()] > 1 else v for n, v in state.items()}
 
 
 def write_shards(
@@ -89,15 +95,14 @@ def write_shards(
     files = group_by_file(sizes, limit)
     names = {f"{stem}-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, 1)}
     progress, index = folder / f"{stem}.import.json", folder / f"{stem}{INDEX}"
-    known = json.loads(progress.read_text()) if progress.is_file() else {}
-    checksums: dict[str, str] = known.get("sha256", {}) if known.get("source") == source else {}
+    checksums = finished_files(progress, source)
     done, total = 0, sum(sizes.values())
     for file, weights in names.items():
         path = folder / file
         if file not in checksums or not path.is_file():
             part = path.with_name(file + ".part")
             try:
-                save_file({name: get(name).contiguous() for name in weights}, part)
+                save_file(apart({name: get(name).contiguous() for name in weights}), part)
                 part.chmod(0o644)  # safetensors makes it readable for its owner alone
                 checksums[file] = checksum(part)
                 os.replace(part, path)
@@ -114,42 +119,62 @@ def write_shards(
 
 
 class Shards:
-    """The files of an index as if they were one, with the methods of ``safetensors.safe_open``."""
+    """The files of an index as if they were one, with the methods of ``safetensors.safe_open``.
+
+    Attributes:
+        weight_map: the file of each weight. sha256: the checksum of each file; empty if the index has none.
+
+    Raises:
+        MiniCogViewError: if the index is damaged, or names a file that is missing or not in its folder.
+    """
 
     def __init__(self, index: Path) -> None:
-        self.folder = index.parent
-        try:
-            content = json.loads(index.read_text())
-            self.weight_map: dict[str, str] = content["weight_map"]
-            self.sha256: dict[str, str] = content["sha256"]
-            self._metadata: dict[str, str] = content["metadata"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MiniCogViewError(f"{index} is damaged ({error}): import the weights again") from None
-        missing = sorted(file for file in set(self.weight_map.values()) if not (self.folder / file).is_file())
+        self.index, self.folder = index, index.parent
+        content = read_json(index, "import the weights again")
+        with refusing(index, remedy="import the weights again"):
+            self.weight_map = texts(content["weight_map"], "weight_map")
+            self.sha256 = texts(content.get("sha256", {}), "sha256")
+            facts = content["metadata"]
+            self._metadata = texts({k: v for k, v in facts.items() if k != "total_size"}, "metadata")
+            self.files = sorted(set(self.weight_map.values()))
+            if not self.files:
+                raise ValueError("weight_map is empty")
+            if unknown := sorted(self.sha256.keys() - set(self.files)):
+                raise ValueError(f"sha256 has {unknown[0]!r}, which weight_map has not")
+        paths = {file: inside(self.folder, file, index) for file in self.files}
+        missing = [file for file, path in paths.items() if not path.is_file()]
         if missing:
             raise MiniCogViewError(f"{self.folder} lacks {', '.join(missing[:3])}: import the weights again")
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, WeightFile] = {}
 
     def metadata(self) -> dict[str, str]:
         """The text in the index: what a single file has in its header."""
         return self._metadata
 
-    def keys(self) -> Iterator[str]:
+    def keys(self) -> Sequence[str]:
         """Names of the weights."""
-        return iter(self.weight_map)
+        return list(self.weight_map)
 
     def get_tensor(self, name: str) -> Tensor:
         """A weight, memory-mapped: it is read from the disk when it is first used."""
         file = self.weight_map[name]
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            self._open[file] = WeightFile(self.folder / file)
         return self._open[file].get_tensor(name)
 
-    def verify(self) -> None:
-        """Raise MiniCogViewError unless every file has its checksum; reads everything."""
+    def verify(self) -> int:
+        """Compare every file that has a checksum with it, which reads all of it.
+
+        Returns:
+            how many files were compared.
+
+        Raises:
+            MiniCogViewError: with the name of the first file that differs.
+        """
         for file, expected in self.sha256.items():
             if checksum(self.folder / file) != expected:
                 raise MiniCogViewError(f"{self.folder / file} was altered or damaged: import the weights again")
+        return len(self.sha256)
 
 
 def free_room(folder: Path) -> tuple[Path, int]:

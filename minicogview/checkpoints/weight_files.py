@@ -18,24 +18,40 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minicogview.checkpoints.reading import (
+    FLOATS,
+    WeightFile,
+    check_counts,
+    check_fields,
+    check_finite,
+    check_fits,
+    check_tensor,
+    compare_checksum,
+    content_checksum,
+    refusing,
+    replace_sum,
+    shown,
+)
 from minicogview.checkpoints.shards import INDEX, Shards
 from minicogview.coglm import CogLM
-from minicogview.config import CogLMConfig, SuperResolutionConfig, VQVAEConfig, from_json, to_json
+from minicogview.config import PRESETS, CogLMConfig, SuperResolutionConfig, VQVAEConfig, from_json, to_json
 from minicogview.errors import MiniCogViewError
 from minicogview.lopar import IterativeSR
 from minicogview.super_resolution import DirectSR
 from minicogview.transformer import Transformer
 from minicogview.vqvae import VQVAE
+
+Model = TypeVar("Model", bound=nn.Module)
 
 STAGES = ("coglm", "direct", "iterative")
 CONFIG_TYPES = {
@@ -76,9 +92,12 @@ def save_model(
         if not (leave_out and name.startswith(leave_out))
     }
     part = path.with_name(path.name + ".part")
-    save_file(state, part, metadata={"kind": kind, "config": to_json(config), **facts})
+    metadata = {"kind": kind, "config": to_json(config), **facts}
+    metadata["sha256"] = content_checksum(metadata, sorted(state.items()))
+    save_file(state, part, metadata=metadata)
     part.chmod(0o644)  # safetensors makes it readable for its owner alone
     os.replace(part, path)
+    replace_sum(path)
 
 
 def has_weights(path: str | Path) -> bool:
@@ -87,7 +106,7 @@ def has_weights(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_weights(path: str | Path) -> Iterator[Any]:
+def open_weights(path: str | Path) -> Iterator[WeightFile | Shards]:
     """An open weight file, or the files of an index as if they were one, with the methods of ``safe_open``.
 
     Raises:
@@ -100,11 +119,7 @@ def open_weights(path: str | Path) -> Iterator[Any]:
         return
     if not path.is_file():
         raise MiniCogViewError(f"weight file {path} is missing: install the package again or pass another folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise MiniCogViewError(f"weight file {path} is damaged ({error}): get it again") from None
+    yield WeightFile(path)
 
 
 def load_header(path: str | Path, kind: str) -> dict[str, str]:
@@ -114,15 +129,40 @@ def load_header(path: str | Path, kind: str) -> dict[str, str]:
         MiniCogViewError: if the file is missing, damaged, or holds another kind of model.
     """
     with open_weights(path) as file:
-        header: dict[str, str] = file.metadata() or {}
+        return _header(file, path, kind)
+
+
+def _header(file: WeightFile | Shards, path: str | Path, kind: str) -> dict[str, str]:
+    header = file.metadata()
     if header.get("kind") != kind or "config" not in header:
-        raise MiniCogViewError(f"weight file {path} holds {header.get('kind')!r}, expected {kind!r}")
+        raise MiniCogViewError(f"weight file {path} holds {shown(repr(header.get('kind')))}, expected {kind!r}")
     return header
 
 
 def load_config(path: str | Path, kind: str) -> Any:
     """The configuration in a file's header, without reading the weights; raises as ``load_header`` does."""
-    return from_json(CONFIG_TYPES[kind], load_header(path, kind)["config"])
+    with open_weights(path) as file:
+        return _config(file, path, kind)
+
+
+def _config(file: WeightFile | Shards, path: str | Path, kind: str) -> Any:
+    """The configuration of an open file, whose fields have the right types and whose counts fit its weights."""
+    text = _header(file, path, kind)["config"]
+    with refusing(path, "has a configuration that makes no sense"):
+        config = from_json(CONFIG_TYPES[kind], text)
+    check_fields(config, path)
+    check_counts(config, len(file.keys()), path)
+    return config
+
+
+def build(make: Callable[[], Model], path: str | Path) -> Model:
+    """A model on the meta device, in eval mode, from the configuration in a file.
+
+    Raises:
+        MiniCogViewError: if the configuration makes no model.
+    """
+    with refusing(path, "has sizes that make no model"), torch.device("meta"):
+        return make().eval()
 
 
 def load_weights(
@@ -134,49 +174,50 @@ def load_weights(
         dtype: of the floating-point weights; None leaves them as they are stored, memory-mapped and not yet read.
 
     Raises:
-        MiniCogViewError: as ``load_header`` does.
+        MiniCogViewError: as ``load_header`` does; or if a single file does not have its checksum (the files of an index
+            are compared by ``minicogview doctor --verify``); or, unless ``dtype`` is None, for NaN and infinity.
     """
-    config = load_config(path, kind)
+    if Path(path).is_file():
+        compare_checksum(Path(path))
     with open_weights(path) as file:
+        config = _config(file, path, kind)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return config, {k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in state.items()}
+    if dtype is None:
+        return config, state
+    for name, value in state.items():
+        if value.dtype in FLOATS:
+            check_finite(name, value, path)
+    return config, {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype of the weights in a file, which all of them have."""
     with open_weights(path) as file:
-        name = next(name for name in file.keys() if name.endswith("norm.weight"))  # noqa: SIM118 (not a dict)
-        return cast(Tensor, file.get_tensor(name)).dtype
+        norms = [name for name in file.keys() if name.endswith("norm.weight")]  # noqa: SIM118 (not a dict)
+        if not norms:
+            raise MiniCogViewError(f"weight file {path} has no norm: it is no transformer; get it again")
+        return file.get_tensor(norms[0]).dtype
 
 
 # --- models that share no weights
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
-    """Put weights into a model.
+    """Put weights into a model; raises as ``check_fits`` does.
 
     Args:
         source: where the weights come from, for the error message.
         assign: make these very tensors the model's own instead of copying them.
-
-    Raises:
-        MiniCogViewError: with the names of missing and unexpected weights, and of those that have the wrong shape.
     """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    both = sorted(own.keys() & state.keys())
-    shapes = [f"{k} {tuple(state[k].shape)}" for k in both if state[k].shape != own[k].shape]
-    if missing or unexpected or shapes:
-        raise MiniCogViewError(
-            f"{source} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
-            f"wrong shapes {shapes[:5]}"
-        )
+    check_fits(model, state, source)
     model.load_state_dict(state, assign=assign)
 
 
 def load_vqvae(path: str | Path) -> VQVAE:
     """The picture tokenizer in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
     config, state = load_weights(path, "vqvae")
+    if all(config != preset.vqvae for preset in PRESETS.values()):  # foreign sizes: check them before taking memory
+        check_fits(build(lambda: VQVAE(config), path), state, path)
     model = VQVAE(config).eval()
     load_into(model, state, path)
     return model
@@ -185,8 +226,7 @@ def load_vqvae(path: str | Path) -> VQVAE:
 def load_coglm(path: str | Path, dtype: torch.dtype | None = torch.float32) -> CogLM:
     """The first stage in a weight file, in eval mode; raises as ``load_weights`` and ``load_into`` do."""
     config, state = load_weights(path, "coglm", dtype)
-    with torch.device("meta"):
-        model = CogLM(config).eval()
+    model = build(lambda: CogLM(config), path)
     load_into(model, state, path, assign=True)
     remember_identity(model.transformer, path)
     return model
@@ -198,9 +238,17 @@ _identities: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of model
 
 
 def identity(path: str | Path) -> str:
-    """What tells the weights of an index from others: a hash of its checksums. It is empty for a single file."""
+    """What tells the weights of an index from others: a hash of its checksums.
+
+    It is empty for a single file, and for an index that does not have the checksums of all of its files.
+    """
     index = Path(path).with_suffix(INDEX)
-    return hashlib.sha256(json.dumps(Shards(index).sha256).encode()).hexdigest()[:16] if index.is_file() else ""
+    if Path(path).is_file() or not index.is_file():
+        return ""
+    shards = Shards(index)
+    if set(shards.files) != shards.sha256.keys():
+        return ""
+    return hashlib.sha256(json.dumps(shards.sha256).encode()).hexdigest()[:16]
 
 
 def remember_identity(model: nn.Module, path: str | Path) -> None:
@@ -233,16 +281,27 @@ def sharing_facts(names: Sequence[str], coglm: Path) -> dict[str, str]:
 def same_as_coglm(path: str | Path, coglm: CogLM) -> list[str]:
     """Names of the weights of a super-resolution stage that are stored in CogLM's file alone."""
     with open_weights(path) as file:
-        return _shared_names(file.metadata(), coglm.transformer.state_dict())
+        return _shared_names(file.metadata(), coglm.transformer.state_dict(), path)
 
 
-def _shared_names(header: dict[str, str], transformer: Iterable[str]) -> list[str]:
-    """Names of the shared weights by a stage's header; without a list there, those of CogLM's whole transformer."""
+def _shared_names(header: dict[str, str], transformer: Iterable[str], path: str | Path) -> list[str]:
+    """Names of the shared weights by a stage's header; without a list there, those of CogLM's whole transformer.
+
+    Raises:
+        MiniCogViewError: if the list is damaged, or has a name that CogLM does not have.
+    """
+    known = [f"base.{name}" for name in transformer]
     if not header.get("base"):
         return []
-    if "same_as_coglm" in header:
-        return cast(list[str], json.loads(header["same_as_coglm"]))
-    return [f"base.{name}" for name in transformer]
+    if "same_as_coglm" not in header:
+        return known
+    with refusing(path, "has a damaged list same_as_coglm"):
+        names = json.loads(header["same_as_coglm"])
+        if not isinstance(names, list):
+            raise ValueError(f"expected a list, found {type(names).__name__}")
+        if strange := [name for name in names if name not in known]:
+            raise ValueError(f"coglm.safetensors has no {strange[0]!r}")
+    return names
 
 
 def save_direct(path: str | Path, model: DirectSR) -> None:
@@ -251,12 +310,17 @@ def save_direct(path: str | Path, model: DirectSR) -> None:
 
 
 def load_part(
-    path: str | Path, kind: str, base: Transformer | Path | None, dtype: torch.dtype | None = torch.float32
+    path: str | Path,
+    kind: str,
+    base: Transformer | Path | None,
+    dtype: torch.dtype | None = torch.float32,
+    allow_other_base: bool = False,
 ) -> tuple[SuperResolutionConfig, dict[str, Tensor]]:
     """Configuration and all weights of a super-resolution stage, including those that are stored in CogLM's file.
 
     Args:
         base: CogLM's transformer, or its file: where the shared weights are taken from.
+        allow_other_base: warn, instead of raising, if the stage was trained on top of another CogLM.
 
     Raises:
         MiniCogViewError: as ``load_weights`` does; or if the stage was trained on top of another CogLM.
@@ -269,18 +333,29 @@ def load_part(
     known = ""
     if isinstance(base, Path):
         _, coglm = load_weights(base, "coglm", dtype)
+        for name, value in coglm.items():
+            check_tensor(name, value, base)
         weights = {name.removeprefix("transformer."): value for name, value in coglm.items()}
         known = identity(base) or fingerprint_of(weights)
     elif base is not None:
         weights, known = base.state_dict(), fingerprint(base)
     if header["base"] != known:
-        raise MiniCogViewError(
-            f"{path} was trained on top of another coglm.safetensors: train it again, or get both files from one source"
-        )
-    return config, state | {name: weights[name.removeprefix("base.")] for name in _shared_names(header, weights)}
+        other_base(path, allow_other_base and bool(weights))
+    shared = _shared_names(header, weights, path)
+    return config, state | {name: weights[name.removeprefix("base.")] for name in shared}
 
 
-def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None = torch.float32) -> DirectSR:
+def other_base(path: str | Path, allowed: bool) -> None:
+    """Say that a stage was trained on top of another CogLM than it is used with: a warning, or an error."""
+    said = f"{path} was trained on top of another coglm.safetensors"
+    if not allowed:
+        raise MiniCogViewError(f"{said}: train it again, or get both files from one source")
+    warnings.warn(f"{said}: its pictures may be poor", stacklevel=3)
+
+
+def load_direct(
+    path: str | Path, base: Transformer, dtype: torch.dtype | None = torch.float32, allow_other_base: bool = False
+) -> DirectSR:
     """The direct stage on top of CogLM's transformer, in eval mode.
 
     If all of the transformer's weights are shared, so is the module; otherwise the two models share single tensors.
@@ -288,21 +363,22 @@ def load_direct(path: str | Path, base: Transformer, dtype: torch.dtype | None =
     Raises:
         MiniCogViewError: as ``load_part`` and ``load_into`` do.
     """
-    config, state = load_part(path, "direct", base, dtype)
+    config, state = load_part(path, "direct", base, dtype, allow_other_base)
     own = base.state_dict()
-    whole = {f"base.{name}" for name in own} <= set(_shared_names(load_header(path, "direct"), own))
-    with torch.device("meta"):
-        model = DirectSR(config, base if whole else None).eval()
+    whole = {f"base.{name}" for name in own} <= set(_shared_names(load_header(path, "direct"), own, path))
+    model = build(lambda: DirectSR(config, base if whole else None), path)
     load_into(model, state, path, assign=True)
     return model
 
 
 def load_iterative(
-    path: str | Path, base: Transformer | None = None, dtype: torch.dtype | None = torch.float32
+    path: str | Path,
+    base: Transformer | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    allow_other_base: bool = False,
 ) -> IterativeSR:
     """The iterative stage, in eval mode; raises as ``load_part`` and ``load_into`` do."""
-    config, state = load_part(path, "iterative", base, dtype)
-    with torch.device("meta"):
-        model = IterativeSR(config).eval()
+    config, state = load_part(path, "iterative", base, dtype, allow_other_base)
+    model = build(lambda: IterativeSR(config), path)
     load_into(model, state, path, assign=True)
     return model

@@ -15,21 +15,37 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from minicogview.checkpoints.importing import MODELS, RELEASED, check_source, find_parts
-from minicogview.checkpoints.models import find_folder
-from minicogview.checkpoints.sat import SatFolder, open_torch_file
+from minicogview.checkpoints.importing import MODELS, RELEASED, check_source, check_vqvae, find_parts
+from minicogview.checkpoints.models import check_fit, find_folder, stage_config
+from minicogview.checkpoints.reading import check_finite, check_fits, compare_checksum, refuse_pointer
+from minicogview.checkpoints.sat import SatFolder
 from minicogview.checkpoints.shards import INDEX, Shards
-from minicogview.checkpoints.weight_files import FILES, has_weights, identity, load_config, load_weights, open_weights
+from minicogview.checkpoints.weight_files import (
+    FILES,
+    build,
+    has_weights,
+    load_config,
+    load_part,
+    load_weights,
+)
+from minicogview.clusters import load_labels
+from minicogview.coglm import CogLM
 from minicogview.config import PRESETS, Preset, get_preset
 from minicogview.errors import MiniCogViewError
 from minicogview.evaluation.cost import costs
+from minicogview.lopar import IterativeSR
 from minicogview.scale.machine import bfloat16_pays, cpu_speeds, free_memory
 from minicogview.scale.plan import BITS, Plan, Sizes, choose_formats, choose_plan, parse_memory
+from minicogview.super_resolution import DirectSR
+from minicogview.tokenizer import Tokenizer
+from minicogview.vqvae import VQVAE
 
+MODEL_TYPES = {"coglm": CogLM, "direct": DirectSR, "iterative": IterativeSR, "vqvae": VQVAE}
 NAMES = {
     "coglm": "CogLM (first stage)",
     "direct": "direct stage",
@@ -53,7 +69,8 @@ def doctor(source: str | Path, preset: Preset | None = None, verify: bool = Fals
 
     Args:
         preset: sizes to expect; None: the sizes that are found, or those of the release.
-        verify: also compare every file with its checksum, which reads all of them.
+        verify: also read the files of an index, to compare them with their checksums and to find NaN and infinity;
+            single files are always read.
 
     Raises:
         MiniCogViewError: if there is no such folder.
@@ -80,8 +97,7 @@ def released(folder: Path, preset: Preset) -> list[str]:
                 said = f"{size / 1e9:.1f} GB, {ranks} rank{'s' if ranks > 1 else ''}: names and shapes are right"
                 ready += size
             else:
-                if name == "vqvae":
-                    open_torch_file(parts[name])
+                check_released(parts[name], name, preset)
                 said = f"{parts[name].stat().st_size / 1e9:.3f} GB"
         except MiniCogViewError as error:
             said = f"UNUSABLE: {error}"
@@ -90,6 +106,17 @@ def released(folder: Path, preset: Preset) -> list[str]:
     lines.append(line("to import", f"at most {ready / 1e9:.1f} GB on the disk; it has {free / 1e9:.1f} GB free"))
     lines.append(f"next: minicogview import {folder} FOLDER")
     return lines
+
+
+def check_released(path: Path, name: str, preset: Preset) -> None:
+    """Raise MiniCogViewError if a released file beside the three models is not what its name says."""
+    refuse_pointer(path)
+    if name == "vqvae":
+        check_vqvae(path, preset)
+    elif name == "labels":
+        load_labels(path, preset.vqvae.codebook_size)
+    else:
+        Tokenizer(path, preset.vqvae.codebook_size)
 
 
 def imported(folder: Path, verify: bool) -> tuple[list[str], Preset | None]:
@@ -113,23 +140,61 @@ def imported(folder: Path, verify: bool) -> tuple[list[str], Preset | None]:
 
 
 def check_weights(path: Path, name: str, verify: bool) -> str:
-    """The size of a weight file, or of several with an index; an error if something is wrong with them."""
+    """The size of a part of the system, and what was compared with a checksum.
+
+    Raises:
+        MiniCogViewError: if the part is damaged, or belongs to another model than the rest of the folder.
+    """
     index = path.with_suffix(INDEX)
-    if name in ("text", "labels"):
-        return f"{path.stat().st_size / 1e6:.2f} MB"
-    if not index.is_file():
-        load_weights(path, name, dtype=None)
-        return f"{path.stat().st_size / 1e9:.3f} GB"
+    if path.is_file():
+        compared = compare_checksum(path, again=True)
+        said = "its checksum is right" if compared else "not verified: there is no checksum"
+        check_part(path, name, whole=True)
+        return f"{path.stat().st_size / 1e6:.2f} MB, {said}"
     shards = Shards(index)
-    size = sum((path.parent / file).stat().st_size for file in shards.sha256)
-    if verify:
-        shards.verify()
-    with open_weights(path) as file:
-        base = file.metadata().get("base", "")
-    if base and base != identity(path.with_name("coglm.safetensors")):
-        raise MiniCogViewError("it belongs to another coglm: import both again")
-    checked = ", checksums are right" if verify else ""
-    return f"{size / 1e9:.1f} GB in {len(shards.sha256)} files{checked}"
+    size = sum((path.parent / file).stat().st_size for file in shards.files)
+    said = "not verified: --verify compares checksums" if shards.sha256 else "not verified: there are no checksums"
+    if verify and shards.sha256:
+        n = shards.verify()
+        said = "checksums are right" if n == len(shards.files) else f"only {n} have a checksum, which is right"
+    check_part(path, name, whole=verify)
+    return f"{size / 1e9:.1f} GB in {len(shards.files)} files, {said}"
+
+
+def check_part(path: Path, name: str, whole: bool) -> None:
+    """Raise MiniCogViewError if ``generate`` would refuse a file.
+
+    Args:
+        whole: also read all weights, to find NaN and infinity.
+    """
+    coglm = path.with_name(FILES["coglm"])
+    if name in ("text", "labels"):
+        check_small(path, name)
+    else:
+        if name in ("direct", "iterative"):
+            stage_config(path, name, load_config(coglm, "coglm"), allow_other_base=False)
+            config, state = load_part(path, name, coglm, None)
+        else:
+            config, state = load_weights(path, name, None)
+        check_fits(build(lambda: MODEL_TYPES[name](config), path), state, path)
+        for weight, value in state.items() if whole else ():
+            check_finite(weight, value, path)
+
+
+def check_small(path: Path, name: str) -> None:
+    """The same for the text model and the label file, as far as there are models to compare them with."""
+    refuse_pointer(path)
+    sizes = {}
+    for kind in ("coglm", "vqvae"):
+        with suppress(MiniCogViewError):  # reported in a line of its own
+            sizes[kind] = load_config(path.with_name(FILES[kind]), kind)
+    if name == "labels":
+        if "coglm" in sizes:
+            load_labels(path, sizes["coglm"].n_codes)
+        return
+    tokenizer = Tokenizer(path, sizes["vqvae"].codebook_size if "vqvae" in sizes else 1)
+    if len(sizes) == 2:
+        check_fit(sizes["coglm"], tokenizer, path.parent)
 
 
 def machine(preset: Preset | None) -> list[str]:

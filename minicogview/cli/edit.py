@@ -12,7 +12,7 @@ from minicogview.cli.shared import DEFAULTS, SHIPPED, Drawing, DrawingOptions, W
 from minicogview.errors import MiniCogViewError
 
 if TYPE_CHECKING:
-    from minicogview.pictures import Pictures
+    from minicogview.results import Pictures
 
 Text = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
 File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
@@ -29,6 +29,7 @@ def edit(
     /,
     mask: OptionalFile = None,
     box: OptionalBox = None,
+    invert_mask: bool = False,
     context: float = 20 / 14,
     drawing: Drawing = DEFAULTS,
     source: Weights = SHIPPED,
@@ -38,7 +39,9 @@ def edit(
     Args:
         text: what the part and its surroundings will show, in English or Chinese.
         picture: a picture file of any size.
-        mask: a picture of the same size, white where the picture is to be redrawn.
+        mask: a picture of the same size, white where the picture is to be redrawn; or strokes in any colour on a
+            transparent layer; or the picture itself with that part erased.
+        invert_mask: redraw what the mask does not mark.
         box: instead of a mask, the rectangle to redraw, in fractions of the picture's height and width (0 to 1).
         context: side of the square that the models see, divided by the longer side of the mask.
     """
@@ -46,13 +49,17 @@ def edit(
         raise MiniCogViewError("say which part to redraw: either --mask FILE or --box TOP LEFT BOTTOM RIGHT")
     if box is not None and not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise MiniCogViewError(f"--box is {box}: give TOP LEFT BOTTOM RIGHT from 0 to 1, top above bottom")
+    if invert_mask and mask is None:
+        raise MiniCogViewError("--invert-mask belongs to --mask FILE: give one, or leave it out")
     drawing.check()
     model = source.load()
     from minicogview.editing import box_mask
-    from minicogview.pictures import open_picture, to_image
+    from minicogview.masks import to_mask
+    from minicogview.pictures import to_image
 
     image = to_image(picture)
-    chosen = box_mask((image.height, image.width), box) if box is not None else open_picture(mask or "")
+    size = image.height, image.width
+    chosen = to_mask(mask, size, image, invert_mask) if mask is not None else box_mask(size, box or (0, 0, 1, 1))
     pictures = model.edit(text, image, chosen, context=context, **drawing.arguments())
     return save_and_report(pictures, "edit", drawing)
 
@@ -105,7 +112,7 @@ def outpaint(
 
 def save_and_report(pictures: Pictures, command: str, drawing: DrawingOptions) -> int:
     """Write the pictures as ``out/TEXT_COMMAND_SEED.png`` and print where they are; returns the exit status."""
-    report = save_pictures(pictures, drawing.out, f"{free_stem(pictures.text, set())}_{command}", scale=1)
+    report = save_pictures(pictures, drawing.out, f"{free_stem(pictures.text, set())}_{command}", 1, drawing.overwrite)
     if drawing.json:
         print_json({"text": pictures.text, **report})
     else:

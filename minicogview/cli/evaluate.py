@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from minicogview.cli.shared import SHIPPED, Language, OptionalFloat, OptionalInt, Weights, WeightsOptions, show
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import check_all
 
 if TYPE_CHECKING:
     from minicogview.evaluation.judge import Judge
@@ -32,6 +33,7 @@ def retrieval(
         stages: judge the pictures after CogLM (1), after the direct stage (2) or after the iterative stage (3).
         json: print n, top1, top5 and same_tone (shares from 0 to 1; null where no picture has a tone) as JSON.
     """
+    check_all("--", limit=limit, seed=seed)
     return show(judge(source, json).retrieval(split, lang, seed, template, limit, stages), json)
 
 
@@ -52,6 +54,7 @@ def captioning(
         seed: seed of the choice of pictures and names.
         json: print n, n_names and top1 (share from 0 to 1) as JSON.
     """
+    check_all("--", n_pictures=n_pictures, n_names=n_names, seed=seed)
     return show(judge(source, json).captioning(lang, n_pictures, n_names, seed), json)
 
 
@@ -76,8 +79,7 @@ def selection(
         seed: seed of the sampler.
         json: print n, and the shares of right pictures among all (random), the kept ones (kept) and the best (any).
     """
-    if n < 1:
-        raise MiniCogViewError(f"--n is {n}: ask for 1 picture or more")
+    check_all("--", n=n, limit=limit, temperature=temperature, seed=seed)
     judged = judge(source, json)
     if temperature is not None:
         judged.model.sampling = judged.model.settings({"temperature": temperature})
@@ -99,6 +101,7 @@ def infilling(
         seed: seed of the choice of pictures and of the sampler.
         json: print n, psnr and psnr_tokenizer (dB) and exact (share of codes) as JSON.
     """
+    check_all("--", n_pictures=n_pictures, seed=seed)
     return show(judge(source, json).infilling(lang, n_pictures, seed), json)
 
 
@@ -121,6 +124,7 @@ def sharpness(
         fid: also print the Frechet distance between features of the picture tokenizer; needs the extra "evaluate".
         json: print n, and psnr (dB), ssim and perhaps fid of bicubic, direct and iterative as JSON.
     """
+    check_all("--", limit=limit, seed=seed)
     model = source.load()
     from minicogview.evaluation.judge import sharpness as judge_sharpness
 
@@ -142,11 +146,17 @@ def tokenizer(
         split: tokenizer_heldout (characters that it never saw, in any colour), names, or all.
         json: print n, psnr (dB), ssim, perplexity and more as JSON.
     """
+    check_all("--", size=size, level=level)
     folder = source.folder()
     from minicogview.checkpoints.weight_files import load_vqvae
     from minicogview.evaluation.metrics import tokenizer_psnr
+    from minicogview.scale.machine import pick_device
 
-    return show(tokenizer_psnr(load_vqvae(folder / "vqvae.safetensors"), size, split, level), json)
+    pick_device(source.device)
+    vqvae = load_vqvae(folder / "vqvae.safetensors")
+    if size % vqvae.config.rates[level]:
+        raise MiniCogViewError(f"--size is {size}: give a multiple of {vqvae.config.rates[level]}, a token's pixels")
+    return show(tokenizer_psnr(vqvae, size, split, level), json)
 
 
 def judge(source: WeightsOptions, quiet: bool) -> Judge:

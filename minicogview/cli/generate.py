@@ -1,12 +1,14 @@
 """``minicogview generate``: texts in, PNG files and a contact sheet out.
 
 The idea: everything that can be known to be wrong is checked before anything is drawn, an error in one text does not
-stop the others, and files appear whole or not at all.
+stop the others, each picture is written as soon as it is finished, whole or not at all, and no file of an earlier run
+is replaced unless that is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,16 +27,22 @@ from minicogview.cli.shared import (
     one_line,
     print_json,
 )
+from minicogview.cli.show import chunks, describe
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import check_all, integer
 
 if TYPE_CHECKING:
-    from minicogview.pictures import Pictures
+    from PIL.Image import Image
+
     from minicogview.pipeline import CogView2
+    from minicogview.results import Pictures
 
 Texts = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")
 ]
 LARGE = 256  # pixels: smaller pictures are enlarged in the files
+WIDEST = 10_000  # pixels along each side of a file
+SHEET = 50_000_000  # pixels of a contact sheet, if the pictures are not larger by themselves
 
 
 def generate(
@@ -59,6 +67,7 @@ def generate(
         style: for the released weights: mainbody, photo, flat, comics, oil, sketch, isometric, chinese or watercolor.
     """
     check(texts, keep, scale, drawing)
+    check_all("--", top_k=top_k, guidance=guidance)
     options = {"top_k": top_k, "guidance": guidance}
     sampling = drawing.sampling() | {name: value for name, value in options.items() if value is not None}
     model = source.load()
@@ -67,26 +76,41 @@ def generate(
     chosen = get_style(style)
     model = chosen.model(model)
     model.settings(sampling)  # wrong ones are reported once, not for every text
-    if drawing.stages is not None and not 1 <= drawing.stages <= model.n_stages:
-        raise MiniCogViewError(f"--stages is {drawing.stages}: these weights have 1 to {model.n_stages}")
-    from minicogview.pictures import contact_sheet, save, scale_to
+    if drawing.stages is not None:
+        integer(drawing.stages, "--stages", 1, model.n_stages, "these weights have no more")
+    from minicogview.results import contact_sheet, enlarge, save, scale_to
 
+    coarse = drawing.stages == 1 or not model.upsampler
+    width = model.size if coarse else model.require_upsampler().grid * model.size // model.grid
+    scale = scale or scale_to(width, LARGE)
+    integer(scale, "--scale", 1, max(1, WIDEST // width), f"pictures of at most {WIDEST} pixels")
+
+    asked = {"style": style, "scale": scale}
+    record = describe(model, source, drawing, sampling, **asked)
     reports: list[Report] = []
     rows, stems = [], set[str]()
+    old = None if drawing.overwrite else drawing.out  # the folder whose files must stay
     for text in texts:
         try:
-            pictures = draw(model, chosen.text(text), keep, drawing, sampling)
+            model.encode(chosen.text(text))
         except MiniCogViewError as error:
             complain(f"{shorten(text)!r}: {error}" if len(texts) > 1 else str(error))
             reports.append({"text": text, "error": one_line(error)})
             continue
-        scale = scale or scale_to(pictures[0].width, LARGE)
-        reports.append({"text": text, **save_pictures(pictures, drawing.out, free_stem(text, stems), scale)})
+        stem = free_stem(text, stems, old)
+
+        def finished(seed: int, image: Image, text: str = text, stem: str = stem) -> None:
+            save(enlarge(image, scale), drawing.out / f"{stem}_{seed}.png", chunks(text, record, n=1, seed=seed))
+
+        pictures = draw(model, chosen.text(text), keep, drawing, sampling, finished)
+        reports.append({"text": text, **report_of(pictures, drawing.out, stem)})
         rows.append(pictures.images)
     if rows:
-        sheet = drawing.out / "contact_sheet.png"
-        save(contact_sheet(rows, scale or 1), sheet)
-        reports = [{**report, "sheet": str(sheet)} if "files" in report else report for report in reports]
+        sheet = drawing.out / f"{unused('contact_sheet', set(), old, '')}.png"
+        drawn = [report["text"] for report in reports if "files" in report]
+        about = chunks(drawn, record | {"keep": keep}, n=drawing.n, seed=drawing.seed)
+        save(contact_sheet(rows, min(scale, sheet_scale(rows))), sheet, about)
+        reports = [{**report, "sheet": str(sheet), **record} if "files" in report else report for report in reports]
     print_json(reports) if drawing.json else print_reports(reports)
     return 2 if len(rows) < len(texts) else 0
 
@@ -95,14 +119,20 @@ def check(texts: Sequence[str], keep: int | None, scale: int | None, drawing: Dr
     """Raise MiniCogViewError for what can be known to be wrong before weights are loaded."""
     if not texts:
         raise MiniCogViewError('no text was given: write for example minicogview generate "a red apple"')
-    if scale is not None and scale < 1:
-        raise MiniCogViewError(f"--scale is {scale}: use 1 (as drawn) or more")
+    check_all("--", scale=scale)
     drawing.check()
-    if keep is not None and not 1 <= keep <= drawing.n:
-        raise MiniCogViewError(f"--keep is {keep}: keep 1 to {drawing.n} (--n) of the pictures")
+    if keep is not None:
+        integer(keep, "--keep", 1, drawing.n, "--n of the pictures at most")
 
 
-def draw(model: CogView2, text: str, keep: int | None, drawing: DrawingOptions, sampling: dict[str, float]) -> Pictures:
+def draw(
+    model: CogView2,
+    text: str,
+    keep: int | None,
+    drawing: DrawingOptions,
+    sampling: dict[str, float],
+    on_picture: Callable[[int, Image], None],
+) -> Pictures:
     """Draw one text, with a progress bar on a terminal that names the stage at work."""
     from tqdm import tqdm
 
@@ -118,18 +148,33 @@ def draw(model: CogView2, text: str, keep: int | None, drawing: DrawingOptions, 
                 bar.set_description(f"{shorten(text)}: {stage}")
             bar.update(done - bar.n)
 
-        return model.generate(text, drawing.n, drawing.seed, on_step, keep, drawing.stages, **sampling)
+        return model.generate(text, drawing.n, drawing.seed, on_step, keep, drawing.stages, on_picture, **sampling)
 
 
-def save_pictures(pictures: Pictures, out: Path, stem: str, scale: int) -> Report:
-    """Write the pictures of one text as ``out/STEM_SEED.png``; returns their files, scores and seeds."""
-    from minicogview.pictures import enlarge, save
+def sheet_scale(rows: Sequence[Sequence[Image]]) -> int:
+    """The largest scale at which a contact sheet stays below ``SHEET`` pixels, or 1."""
+    pixels = sum(-(-len(row) // 8) * 8 * row[0].width * row[0].height for row in rows)
+    return max(1, math.isqrt(SHEET // pixels))
 
-    files = [out / f"{stem}_{seed}.png" for seed in pictures.seeds]
-    for image, path in zip(pictures, files, strict=True):
-        save(enlarge(image, scale), path)
+
+def save_pictures(pictures: Pictures, out: Path, stem: str, scale: int, overwrite: bool = False) -> Report:
+    """Write the pictures of one text as ``out/STEM_SEED.png``, without replacing files unless ``overwrite``.
+
+    Returns:
+        their files, scores and seeds.
+    """
+    from minicogview.results import enlarge, save
+
+    stem = unused(stem, set(), None if overwrite else out)
+    for image, seed in zip(pictures, pictures.seeds, strict=True):
+        save(enlarge(image, scale), out / f"{stem}_{seed}.png")
+    return report_of(pictures, out, stem)
+
+
+def report_of(pictures: Pictures, out: Path, stem: str) -> Report:
+    """Files, scores and seeds of the pictures of one text."""
     report: Report = {
-        "files": [str(path) for path in files],
+        "files": [str(out / f"{stem}_{seed}.png") for seed in pictures.seeds],
         "scores": [round(score, 4) for score in pictures.scores.tolist()],
         "seeds": pictures.seeds,
     }
@@ -143,16 +188,20 @@ def shorten(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def free_stem(text: str, taken: set[str]) -> str:
-    """A file name for a text: "A red apple!" becomes "a-red-apple". It differs from those in ``taken`` and is added."""
+def free_stem(text: str, taken: set[str], folder: Path | None = None) -> str:
+    """A file name for a text: "A red apple!" becomes "a-red-apple", or what ``unused`` makes of it."""
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    stem = unused = "-".join(words)[:40].strip("-") or "picture"
-    number = 1
-    while unused in taken:
+    return unused("-".join(words)[:40].strip("-") or "picture", taken, folder)
+
+
+def unused(stem: str, taken: set[str], folder: Path | None, ending: str = "_*") -> str:
+    """``stem``, with a number if it is in ``taken`` (to which it is added) or the folder has such files."""
+    name, number = stem, 1
+    while name in taken or (folder is not None and any(folder.glob(f"{name}{ending}.png"))):
         number += 1
-        unused = f"{stem}-{number}"
-    taken.add(unused)
-    return unused
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return name
 
 
 def print_reports(reports: Sequence[Report]) -> None:

@@ -2,15 +2,18 @@
 
 The idea: every subcommand is a plain function whose arguments are the options and whose docstring is the help (tyro
 reads both). Heavy modules such as torch are imported inside these functions, so that help and usage errors appear at
-once. Wrong input ends with one line on stderr and exit status 2.
+once. Wrong input, a word that is no number too, ends with one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import os
+import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, suppress
 from typing import Annotated, Any, Union
 
 import tyro
@@ -18,11 +21,13 @@ import tyro
 from minicogview.cli.edit import edit, outpaint, vary
 from minicogview.cli.evaluate import captioning, infilling, retrieval, selection, sharpness, tokenizer
 from minicogview.cli.generate import generate
-from minicogview.cli.shared import complain, print_json
+from minicogview.cli.shared import complain, one_line, print_json
+from minicogview.cli.show import show
 from minicogview.cli.train import train_coglm, train_direct, train_iterative, train_text, train_vqvae
 from minicogview.cli.weights import doctor, import_weights
 from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import integer
 
 
 def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, json: bool = False) -> int:
@@ -34,9 +39,7 @@ def info(preset: tyro.conf.Positional[str] = "toy", /, text_tokens: int = 16, js
         json: print plain numbers (bytes, operations) as JSON.
     """
     sizes = get_preset(preset)
-    if not 1 <= text_tokens <= sizes.coglm.layout.max_text:
-        limit = sizes.coglm.layout.max_text
-        raise MiniCogViewError(f"--text-tokens is {text_tokens}: the preset {preset} takes 1 to {limit}")
+    integer(text_tokens, "--text-tokens", 1, sizes.coglm.layout.max_text, f"the preset {preset} takes no more")
     from minicogview.evaluation.cost import costs
 
     numbers = costs(sizes, text_tokens)
@@ -84,6 +87,7 @@ COMMANDS: dict[str, Any] = {
         "tokenizer": tokenizer,
     },
     "import": import_weights,
+    "show": show,
     "doctor": doctor,
     "info": info,
 }
@@ -93,9 +97,9 @@ GROUPS = {
 }
 # What Ctrl-C leaves of a command.
 STOPPED = {
-    "generate": "the pictures of finished texts are saved",
+    "generate": "finished pictures are saved",
     **dict.fromkeys(("edit", "vary", "outpaint"), "pictures are saved only when all are drawn"),
-    "train": "run the same command again to resume from the last checkpoint",
+    "train": "run the same command again to resume from its last checkpoint, if it has one",
     "evaluate": "nothing was saved",
     "import": "run the same command again to resume; complete files are kept",
 }
@@ -109,8 +113,52 @@ def choice(commands: dict[str, Any]) -> Any:
             subcommand = tyro.conf.subcommand(name=name, description=GROUPS[name])
             options.append(Annotated[choice(command), subcommand])
         else:
-            options.append(Annotated[Any, tyro.conf.subcommand(name=name, constructor=command)])
+            options.append(Annotated[Any, tyro.conf.subcommand(name=name, constructor=later(command))])
     return Union[tuple(options)]  # noqa: UP007 (made of a list)
+
+
+def later(command: Callable[..., int]) -> Any:
+    """A function with the options of ``command`` that returns a call of it, so that parsing ends before work begins."""
+
+    @functools.wraps(command)
+    def bind(*args: Any, **options: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **options)
+
+    return bind
+
+
+def parse(arguments: Sequence[str] | None) -> Callable[[], int]:
+    """The command with its options, ready to be called; help ends the program.
+
+    Raises:
+        MiniCogViewError: for words that are no options or no numbers: what tyro says in a box, as one line.
+    """
+    description = "Turn texts in English or Chinese into pictures; train, evaluate and examine the models."
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(choice(COMMANDS), prog="minicogview", description=description, args=arguments)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise MiniCogViewError(from_box(said.getvalue())) from None
+
+
+def from_box(text: str) -> str:
+    """The first part of a message from tyro, as one line; a title and rules or, in UTF-8, a box surround the parts.
+
+    Example:
+        >>> from_box("Error\\n-----\\n Missing: --n\\n -----\\n More ...")
+        'Missing: --n; run the command with --help for its options'
+    """
+    rows = [row.strip(" │") for row in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    rules = [i for i, row in enumerate(rows) if re.match("[╭╰]|[─-]+$", row)]  # the first stands before what was said
+    said = rows[rules[0] + 1 : rules[1]] if len(rules) > 1 else rows
+    line = one_line(" ".join(said)).rstrip(".")
+    number = re.fullmatch(r"Error parsing (\S+): .*(literal for int|string to float).*: ('.*')", line)
+    if number:
+        return f"{number[1]} is {number[3]}: give {'an integer' if 'int' in number[2] else 'a number'}"
+    return f"{line}; run the command with --help for its options"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(AttributeError):  # a notebook's stream cannot be set up
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        description = "Turn texts in English or Chinese into pictures; train, evaluate and examine the models."
-        return tyro.cli(choice(COMMANDS), prog="minicogview", description=description, args=arguments)
+        return parse(arguments)()
     except MiniCogViewError as error:
         complain(str(error))
         return 2
@@ -135,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def after_stop(arguments: Sequence[str]) -> str:
     """What Ctrl-C leaves of the command with these arguments, and how to resume it."""
     parts = ["stopped"]
-    if arguments and arguments[0] in STOPPED:
+    if list(arguments[:2]) == ["train", "text"]:
+        parts.append("nothing was saved")
+    elif arguments and arguments[0] in STOPPED:
         parts.append(STOPPED[arguments[0]])
     if "--weights random" in " ".join(arguments).replace("=", " "):
         parts.append("the same command writes the random weights that are still missing")

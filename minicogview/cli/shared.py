@@ -19,6 +19,7 @@ import tyro
 
 from minicogview.config import get_preset
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import check_all, integer
 
 if TYPE_CHECKING:
     from minicogview.pipeline import CogView2
@@ -32,6 +33,14 @@ OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_beha
 Language = Literal["en", "zh"]
 Report = dict[str, Any]
 RANDOM = "random"  # may be given in place of a folder of weights
+
+
+def at_home(path: Path) -> Path:
+    """The path with "~" replaced by the home folder, where there is one."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,10 @@ class WeightsOptions:
     dtype: str = "auto"
     device: str = "cpu"
     offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            object.__setattr__(self, "weights", at_home(self.weights))
 
     def load(self) -> CogView2:
         """The whole system. Prints on stderr how it will run, unless it is small and no memory budget was given."""
@@ -113,6 +126,7 @@ class DrawingOptions:
         n: number of pictures to draw for a text.
         seed: picture i depends only on seed + i.
         out: folder for the files, made if missing.
+        overwrite: replace files of earlier runs; otherwise new names are chosen beside them.
         temperature: above 1: more varied; below 1: safer; 0: always the likeliest token; the preset's if not given.
         stages: 1 stops after CogLM (the coarse picture), 2 after the direct stage, 3 after the iterative stage; all if
             not given.
@@ -122,16 +136,19 @@ class DrawingOptions:
     n: int = 4
     seed: int = 0
     out: Folder = Path("pictures")
+    overwrite: bool = False
     temperature: OptionalFloat = None
     stages: OptionalInt = None
     json: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", at_home(self.out))
+
     def check(self) -> None:
         """Raise MiniCogViewError for values that are wrong with any weights, before these are loaded."""
-        if self.n < 1:
-            raise MiniCogViewError(f"--n is {self.n}: ask for 1 picture or more")
-        if not 0 <= self.seed < 2**62:
-            raise MiniCogViewError(f"--seed is {self.seed}: use an integer from 0 to 2 ** 62 - 1")
+        check_all("--", n=self.n, seed=self.seed, temperature=self.temperature)
+        if self.stages is not None:
+            integer(self.stages, "--stages", 1, 3)
         check_folder(self.out)
 
     def sampling(self) -> dict[str, float]:
@@ -157,12 +174,12 @@ def check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+    except (OSError, ValueError) as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
         raise MiniCogViewError(f"cannot write into {folder} ({reason}): choose another folder with --out") from None
     finally:
         for path in made:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 path.rmdir()
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minicogview.cli.shared import Folder, OptionalFolder, OptionalInt, Report, check_folder, show
+from minicogview.cli.shared import Folder, OptionalFolder, OptionalInt, Report, at_home, check_folder, show
 from minicogview.config import get_preset
+from minicogview.numbers import MANY, check_all, integer
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -25,6 +26,7 @@ def train_text(out: Folder = Path("runs/toy"), json: bool = False) -> int:
         out: folder that text.model is written into.
         json: print the result as JSON.
     """
+    out = at_home(out)
     check_folder(out)
     from minicogview.training.text import train_toy
 
@@ -43,6 +45,7 @@ def train_vqvae(
     seed: int = 0,
     device: str = "auto",
     resume: bool = True,
+    force: bool = False,
     json: bool = False,
 ) -> int:
     """Train the toy's picture tokenizer on the emoji; the defaults made the shipped one.
@@ -56,15 +59,22 @@ def train_vqvae(
         start_from: weight file to start from.
         seed: of weights and batches.
         device: auto, cpu, cuda, cuda:1, ...
-        resume: continue from the checkpoint in the folder, if there is one.
+        resume: continue from the checkpoint in the folder, if there is one; more --steps extend a finished run.
+        force: resume although settings or data are others than those that the run began with.
         json: print the result as JSON.
     """
+    check_all("--", coarse_steps=coarse_steps, lr=lr, seed=seed)
+    integer(steps, "--steps", 0, MANY)  # 0 leaves the finest level as it is
+    out, start_from = at_home(out), start_from and at_home(start_from)
     check_folder(out)
+    from minicogview.scale.machine import pick_device
     from minicogview.training import RunOptions, vqvae
+
+    pick_device(device)
 
     settings = replace(vqvae.FINEST, lr=lr, precision=precision)
     finest, coarser = (replace(settings, steps=n) if n else None for n in (steps, coarse_steps))
-    options = RunOptions(device=device, resume=resume, progress=not json)
+    options = RunOptions(device=device, resume=resume, force=force, progress=not json)
     return show(vqvae.train(out, finest, coarser, options, seed=seed, start_from=start_from), json)
 
 
@@ -89,7 +99,8 @@ class StageOptions:
         seed: of weights and batches.
         device: auto, cpu, cuda, cuda:1, ...
         compile: compile the model first, which takes a minute or more.
-        resume: continue from the checkpoint in the folder, if there is one.
+        resume: continue from the checkpoint in the folder, if there is one; more --steps extend a finished run.
+        force: resume although settings or data are others than those that the run began with.
         json: print the result as JSON.
     """
 
@@ -109,21 +120,32 @@ class StageOptions:
     device: str = "auto"
     compile: bool = False
     resume: bool = True
+    force: bool = False
     json: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", at_home(self.out))
+        object.__setattr__(self, "weights", self.weights and at_home(self.weights))
 
     def train(self, name: Literal["coglm", "direct", "iterative"]) -> Report:
         """Train a stage; returns where its weights are, and the summary of ``training.fit``."""
         sizes = get_preset(self.preset)
+        check_all(
+            "--", steps=self.steps, lr=self.lr, batch_size=self.batch_size, warmup=self.warmup, seed=self.seed,
+            weight_decay=self.weight_decay, ema_decay=self.ema_decay, judge_every=self.judge_every,
+        )  # fmt: skip
         check_folder(self.out)
+        from minicogview.scale.machine import pick_device
         from minicogview.training import RunOptions, Settings, recipes
 
+        pick_device(self.device)
         settings = Settings(
             steps=self.steps, lr=self.lr, warmup=self.warmup, weight_decay=self.weight_decay,
             ema_decay=self.ema_decay, precision=self.precision, optimizer=self.optimizer,
         )  # fmt: skip
         options = RunOptions(
-            device=self.device, resume=self.resume, compile=self.compile, validate_every=self.judge_every,
-            progress=not self.json,
+            device=self.device, resume=self.resume, force=self.force, compile=self.compile,
+            validate_every=self.judge_every, progress=not self.json,
         )  # fmt: skip
         common = (sizes, self.source(), self.out, settings, options)
         if name == "coglm":

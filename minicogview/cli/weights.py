@@ -20,6 +20,7 @@ def import_weights(
     /,
     preset: str = "cogview2",
     dtype: Literal["released", "bfloat16", "float16", "float32"] = "released",
+    ignore_unexpected: bool = False,
     json: bool = False,
 ) -> int:
     """Convert the released checkpoints to safetensors files. To resume an interrupted import, run it again.
@@ -29,21 +30,24 @@ def import_weights(
         target: folder for the weights, made if missing.
         preset: the preset whose sizes are expected.
         dtype: dtype of the written weights; released leaves it as it is, bfloat16 is best for running on a CPU.
+        ignore_unexpected: leave out parameters that the models do not have, and list them.
         json: print the result as JSON.
     """
     sizes = get_preset(preset)
     check_folder(target)
     from minicogview.checkpoints.importing import import_released
+    from minicogview.checkpoints.reading import shown
     from minicogview.scale.machine import parse_dtype
 
     number = None if dtype == "released" else parse_dtype(dtype)
     with bytes_bar(hidden=json) as on_step:
-        report = import_released(source, target, sizes, on_step, dtype=number)
+        report = import_released(source, target, sizes, on_step, dtype=number, ignore_unexpected=ignore_unexpected)
     return show(
         {
             "weights": str(target),
             "parts": ", ".join(report["parts"]),
             "missing": ", ".join(report["missing"]) or "nothing",
+            **({"ignored": shown(", ".join(report["ignored"]), 2000)} if report["ignored"] else {}),
             "gigabytes": report["bytes"] / 1e9,
         },
         json,

@@ -20,12 +20,12 @@ import ipywidgets as ipw
 import numpy as np
 import torch
 import traitlets
-from PIL import Image
 from torch import Tensor
 
 from minicogview.errors import MiniCogViewError
-from minicogview.pictures import contact_sheet, png, scale_to, to_image
+from minicogview.pictures import Picture, to_image
 from minicogview.pipeline import CogView2
+from minicogview.results import LARGEST, contact_sheet, png, scale_to
 
 SMALL, LARGE = 256, 512  # screen pixels: smaller pictures are shown enlarged, larger ones shrunk
 CSS = """
@@ -63,7 +63,7 @@ class MaskPainter(anywidget.AnyWidget):
         bits: the mask as the browser sends it, ``numpy.packbits`` of (H, W); empty before the first stroke.
 
     Example:
-        >>> painter = MaskPainter(Image.new("RGB", (4, 2)))
+        >>> painter = MaskPainter(torch.zeros(3, 2, 4))
         >>> painter.bits = bytes([0b0110_0000])  # as if painted in the browser
         >>> painter.mask.int().tolist()
         [[0, 1, 1, 0], [0, 0, 0, 0]]
@@ -77,15 +77,15 @@ class MaskPainter(anywidget.AnyWidget):
     # The browser's message arrives as a memoryview, which Bytes refuses, and ipywidgets would silently drop it.
     bits = traitlets.Bytes().tag(sync=True, from_json=lambda value, _: bytes(value))
 
-    def __init__(self, picture: Image.Image | str | Path) -> None:
-        """Show a picture of any size, a PIL image or a file, with nothing painted.
+    def __init__(self, picture: Picture) -> None:
+        """Show a picture of any size, given in any way that ``pictures.to_tensor`` takes, with nothing painted.
 
         Raises:
-            MiniCogViewError: if the file is missing or not a picture.
+            MiniCogViewError: if the picture cannot be read.
         """
         image = to_image(picture)
         shown = image.copy()
-        shown.thumbnail((2 * LARGE, 2 * LARGE))  # twice the size on the screen, for high-density displays
+        shown.thumbnail((LARGEST, LARGEST))  # twice the size on the screen, for high-density displays
         size = image.height, image.width
         super().__init__(size=size, zoom=zoom_of(*size), png=png(shown))
         self.picture = image
@@ -114,14 +114,12 @@ class MaskPainter(anywidget.AnyWidget):
         self.bits = b""
 
 
-def edit_panel(
-    model: CogView2, picture: Image.Image | str | Path, text: str = "", n: int = 1, seed: int = 0
-) -> ipw.VBox:
+def edit_panel(model: CogView2, picture: Picture, text: str = "", n: int = 1, seed: int = 0) -> ipw.VBox:
     """Paint on a picture, type what should be there, and press the button: ``model.edit`` draws it.
 
     Args:
         model: any object with an ``edit`` method like that of ``CogView2``.
-        picture: PIL image or file, of any size.
+        picture: file, PIL image, array or tensor, of any size.
         text, seed: initial values of the text and seed fields.
         n: number of pictures for each press of the button, shown side by side.
 
@@ -129,7 +127,7 @@ def edit_panel(
         a box with the painter, the text, the seed, the button, a line for errors, and the pictures.
 
     Raises:
-        MiniCogViewError: if the picture is a file that is missing or not a picture.
+        MiniCogViewError: if the picture cannot be read.
     """
     painter = MaskPainter(picture)
     words = ipw.Text(text, description="text")
@@ -144,7 +142,7 @@ def edit_panel(
         status.value = "drawing ..."
         try:
             drawn = list(model.edit(words.value, painter.picture, painter.mask, n=n, seed=number.value))
-            image.value = png(contact_sheet([drawn], max(1, int(painter.zoom))))
+            image.value = png(contact_sheet([drawn], max(1, int(painter.zoom)), largest=LARGEST))
             image.layout.display = None
             status.value = f"drawn with seed {number.value}"
         except MiniCogViewError as error:

@@ -29,6 +29,7 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from minicogview.colour import on_white
 from minicogview.config import LayoutConfig, SpecialIds
 from minicogview.masking import Sample
 
@@ -99,11 +100,10 @@ def figure(height: float = 3.2, width: float = WIDTH) -> Figure:
 
 def to_array(picture: Any) -> np.ndarray:
     """A PIL picture, a tensor (3, H, W) in 0..1 or an array, as an array (H, W, 3) that matplotlib can show."""
-    if isinstance(picture, Tensor):
-        if picture.ndim == 3 and picture.shape[0] == 3:
-            picture = rearrange(picture, "c h w -> h w c")
-        picture = picture.detach().float().clamp(0, 1).cpu().numpy()
-    return np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    if not isinstance(picture, Tensor):
+        return np.asarray(on_white(picture) if hasattr(picture, "convert") else picture)
+    pixels = picture.detach().float().clamp(0, 1).cpu().numpy()
+    return rearrange(pixels, "c h w -> h w c") if pixels.ndim == 3 and len(pixels) == 3 else pixels
 
 
 def show_pictures(

@@ -106,6 +106,17 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Within this context new tensors are float32, whatever the process has chosen. Also used as a decorator."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 # --- threads
 
 

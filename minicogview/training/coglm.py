@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from torch import Tensor
 from minicogview import masking
 from minicogview.coglm import Batch, CogLM, collate
 from minicogview.data.captions import LANGUAGES
+from minicogview.errors import MiniCogViewError
 from minicogview.masking import Sample
+from minicogview.numbers import MANY, checked, integer, number
 from minicogview.tokenizer import Tokenizer
+from minicogview.training.state import checksum
 
 TASKS = ("draw", "caption", "complete", "text")
 
@@ -62,6 +66,24 @@ class CogLMRecipe:
     spread: float = 0.1  # probability that a target gives to neighbouring codes
     n_neighbours: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_recipe(self, "no_caption", "plain_caption", "lookalike", "max_noise", "foreign", "spread")
+        shares = tuple(number(share, "shares", 0, MANY) for share in self.shares)
+        if len(shares) != len(TASKS) or sum(shares) == 0:
+            raise MiniCogViewError(f"shares is {self.shares}: give one for each of {', '.join(TASKS)}, not all 0")
+        object.__setattr__(self, "shares", shares)
+        object.__setattr__(self, "text_weight", number(self.text_weight, "text_weight", 0, MANY))
+        object.__setattr__(self, "n_lookalikes", integer(self.n_lookalikes, "n_lookalikes", 1, MANY))
+
+
+def check_recipe(recipe: Any, *rates: str) -> None:
+    """Check the numbers that all recipes have, and these rates, which are between 0 and 1."""
+    for name in ("batch_size", "seed"):
+        object.__setattr__(recipe, name, checked(name, getattr(recipe, name)))
+    object.__setattr__(recipe, "n_neighbours", integer(recipe.n_neighbours, "n_neighbours", 1, MANY))
+    for name in rates:
+        object.__setattr__(recipe, name, number(getattr(recipe, name), name, 0, 1))
 
 
 def neighbours(codebook: Tensor, count: int) -> Tensor:
@@ -124,6 +146,13 @@ class CogLMObjective:
         loss = self.model(batch, self.targets.to(device), self.recipe.text_weight)
         return loss, {"samples": len(batch.tokens), "tokens": batch.tokens.numel()}
 
+    def decides(self) -> dict[str, Any]:
+        """What decides the result besides the settings: the recipe, the pictures and their texts."""
+        first = range(min(32, len(self.data.codes)))
+        texts = [self.data.tokenizer.encode(self.data.describe(i, "en", random.Random(i))) for i in first]
+        said = torch.tensor([token for text in texts for token in text])
+        return {**asdict(self.recipe), "pictures": checksum(self.data.codes), "texts": checksum(said)}
+
     def validate(self) -> dict[str, float]:
         """The values of the function that was given as ``validate``; none without it."""
         return self._validate(self.model) if self._validate else {}
@@ -144,8 +173,8 @@ class CogLMObjective:
         recipe, size = self.recipe, self.recipe.batch_size * self.GROUP
         rng = random.Random(f"{recipe.seed}/{group}")
         picks = []
-        for number in range(group * size, (group + 1) * size):
-            picture = self._shuffled(number // len(self.data.codes))[number % len(self.data.codes)]
+        for sample in range(group * size, (group + 1) * size):
+            picture = self._shuffled(sample // len(self.data.codes))[sample % len(self.data.codes)]
             task = rng.choices(TASKS, recipe.shares)[0]
             language = rng.choice(LANGUAGES)
             picks.append((picture, task, language, self._text(picture, task, language, rng)))

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import checked
 from minicogview.scale.machine import pick_device, training_precision
 from minicogview.training.log import Log
 from minicogview.training.optimizers import learning_rate, make_optimizers
@@ -36,11 +37,13 @@ from minicogview.training.state import EMA, Checkpoint, Objective, Settings
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out. None of this decides the resulting weights, so it may differ after a resume.
+    """How a run is carried out. None of this but ``force`` decides the weights, so it may differ in a resume.
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", ...; see ``scale.machine.pick_device``.
-        resume: continue from the folder's checkpoint if there is one; otherwise it is overwritten.
+        resume: continue from the folder's checkpoint if there is one; otherwise it is overwritten. A finished run is
+            extended if ``settings.steps`` has grown: the learning rate goes on where the longer schedule has it.
+        force: resume although settings or data are others than those that the run began with.
         compile: compile the model's forward pass. Compiled kernels may round differently.
         max_seconds: stop (and save) after this time; None: never.
         save_every_s, save_every: seconds and (if given) updates between checkpoints.
@@ -52,6 +55,7 @@ class RunOptions:
 
     device: str = "auto"
     resume: bool = True
+    force: bool = False
     compile: bool = False
     max_seconds: float | None = None
     save_every_s: float = 120.0
@@ -59,6 +63,11 @@ class RunOptions:
     validate_every: int | None = None
     log_every: int = 20
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_seconds", "save_every_s", "save_every", "validate_every", "log_every"):
+            if getattr(self, name) is not None or name in ("save_every_s", "log_every"):
+                object.__setattr__(self, name, checked(name, getattr(self, name)))
 
 
 DEFAULTS = RunOptions()
@@ -109,7 +118,8 @@ class Run:
         make_folder(folder)
         model = objective.model.to(self.device).train()
         self.optimizers, self.ema = make_optimizers(model, settings), EMA(model, settings.ema_decay)
-        self.checkpoint = Checkpoint(folder / "checkpoint.pt", objective, self.optimizers, self.ema, settings)
+        path, force = folder / "checkpoint.pt", options.force
+        self.checkpoint = Checkpoint(path, objective, self.optimizers, self.ema, settings, force)
         self.start = self.done = self.resume()
         self.settings = self.checkpoint.settings  # with a precision that is no longer "auto"
         if options.compile:
@@ -206,7 +216,7 @@ class Run:
         return {
             "step": self.done,
             "steps": self.settings.steps,
-            "finished": self.done == self.settings.steps,
+            "finished": self.done >= self.settings.steps,
             "start": self.start,
             "seconds": time.monotonic() - self.began,
             "train": self.train,
@@ -232,9 +242,10 @@ class Run:
         """Raise MiniCogViewError if the latest update was broken, before it reaches the log or a checkpoint."""
         for key in ("loss", "grad_norm"):
             if not math.isfinite(value := float(self.scalars[key])):
+                saved = self.checkpoint.step
+                left = "no checkpoint was written" if saved is None else f"the checkpoint of step {saved} is still good"
                 raise MiniCogViewError(
-                    f"{key} became {value} at step {self.done - 1}: lower lr, lengthen warmup, or use fp32; "
-                    "the last checkpoint is still good"
+                    f"{key} became {value} at step {self.done - 1}: lower lr, lengthen warmup, or use fp32; {left}"
                 )
 
 

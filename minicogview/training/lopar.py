@@ -12,6 +12,8 @@ Shapes: ``N`` pictures, ``F`` fine tokens of a picture, ``B`` batch, ``K`` codeb
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from minicogview.lopar import OFFICIAL, IterativeSR, Schedule
 from minicogview.super_resolution import text_slots
 from minicogview.training.coglm import neighbours
+from minicogview.training.state import checksum
 from minicogview.training.super_resolution import (
     Pairs,
     SuperResolutionRecipe,
@@ -91,6 +94,11 @@ class IterativeObjective:
             return None if only is None else only[rows]
         by_direct = torch.from_numpy(rng.random((len(rows), 1)) < 0.7)
         return torch.where(by_direct, direct_codes[rows], start[rows])
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the result besides the settings: the recipe, the data, and the direct stage's codes."""
+        codes, schedule = checksum(self.direct_codes), asdict(self.schedule)
+        return {**asdict(self.recipe), **self.pairs.checksums(), "direct_codes": codes, "schedule": schedule}
 
     def validate(self) -> dict[str, float]:
         """The values of the function that was given as ``validate``; none without it."""

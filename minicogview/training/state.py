@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pickle
 import zipfile
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from minicogview.errors import MiniCogViewError
+from minicogview.numbers import checked, number
 
 Precision = Literal["auto", "fp32", "bf16"]
 OptimizerName = Literal["adamw", "muon"]
-START_OVER = "start over with resume=False, or choose another folder"
+START_OVER = "start over with resume=False (--no-resume), or choose another folder"
+GO_ON = "give the same again, go on with the new ones by force=True (--force)"
 
 
 class Objective(Protocol):
@@ -33,6 +36,8 @@ class Objective(Protocol):
 
     * ``after_step(step)``: called after each update of the weights (dead-code revival, for example);
     * ``validate() -> dict[str, float]``: called without gradients, in eval mode, with the averaged weights;
+    * ``decides() -> dict``: plain values besides the settings that decide the result (batch size, data seed, a
+      ``checksum`` of the data); a checkpoint is resumed only under the same ones;
     * ``state_dict()`` and ``load_state_dict(state)``: further state, in tensors and plain containers;
     * ``calls_parts = True``: says that ``loss`` calls parts of the model instead of the model itself, so that
       there is no forward pass to compile.
@@ -76,8 +81,11 @@ class Settings:
     optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.warmup < 0:
-            raise MiniCogViewError(f"steps={self.steps}, warmup={self.warmup}: need steps >= 1 and warmup >= 0")
+        for name in ("steps", "lr", "warmup", "weight_decay", "grad_clip", "ema_decay"):
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        if len(self.betas) != 2:
+            raise MiniCogViewError(f"betas is {self.betas}: give two numbers, such as (0.9, 0.95)")
+        object.__setattr__(self, "betas", tuple(number(beta, "betas", 0, 0.99999) for beta in self.betas))
         for name, known in (("precision", Precision), ("optimizer", OptimizerName)):
             chosen = getattr(self, name)
             if chosen not in get_args(known):
@@ -142,9 +150,12 @@ class Checkpoint:
         optimizers: Sequence[torch.optim.Optimizer],
         ema: EMA,
         settings: Settings,
+        force: bool = False,
     ):
         self.path, self.objective, self.optimizers = path, objective, optimizers
-        self.ema, self.settings = ema, settings
+        self.ema, self.settings, self.force = ema, settings, force
+        self.step: int | None = None  # of the file, once this run has written or read it
+        self.decides: dict[str, Any] = getattr(objective, "decides", dict)()
 
     def save(self, step: int) -> None:
         """Write the state after ``step`` updates: a temporary file first, then one atomic rename."""
@@ -153,6 +164,7 @@ class Checkpoint:
         state = {
             "step": step,
             "settings": dataclasses.asdict(self.settings),
+            "decides": self.decides,
             "model": self.objective.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -167,6 +179,7 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
+            self.step = step
         except OSError as error:
             raise MiniCogViewError(f"cannot write checkpoint {self.path}: {error}; free some space") from None
 
@@ -174,22 +187,33 @@ class Checkpoint:
         """Restore everything; returns the number of updates done.
 
         Raises:
-            MiniCogViewError: if the file is damaged, or belongs to another model or to other settings.
+            MiniCogViewError: if the file is damaged, belongs to another model or, without ``force``, to other settings.
+                Only the number of steps may have grown since the run was finished.
         """
         state = self._read()
         try:
-            self._check_settings(state["settings"])
+            differ = self._differences(state)
+            if differ and not self.force:
+                raise MiniCogViewError(
+                    f"checkpoint {self.path} does not fit ({'; '.join(differ)}): {GO_ON}, or {START_OVER}"
+                )
             self.objective.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
+                for group, settings in zip(optimizer.param_groups, own, strict=True):
+                    group.update(settings)  # they differ from the stored ones only under ``force``
             if load := getattr(self.objective, "load_state_dict", None):
                 load(state["objective"])
             torch.set_rng_state(state["rng"])
             device = self.ema.params[0].device
             if device.type == "cuda" and state["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng_cuda"], device)
-            return int(state["step"])
+            self.step = int(state["step"])
+            return self.step
+        except MiniCogViewError:
+            raise
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise MiniCogViewError(
                 f"checkpoint {self.path} does not fit ({_one_line(error)}): {START_OVER}"
@@ -207,14 +231,36 @@ class Checkpoint:
                 f"checkpoint {self.path} is damaged ({_one_line(error)}): {START_OVER}"
             ) from None
 
-    def _check_settings(self, stored: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the run began with these settings; "auto" becomes the stored precision."""
+    def _differences(self, state: Mapping[str, Any]) -> list[str]:
+        """What decides the result and is not as the run began; "auto" becomes the stored precision."""
+        stored = state["settings"]
         if self.settings.precision == "auto":  # another machine may be faster with another precision
             self.settings = dataclasses.replace(self.settings, precision=stored["precision"])
         now = dataclasses.asdict(self.settings)
         differ = [f"{key} was {stored.get(key)}, is {now[key]}" for key in now if stored.get(key) != now[key]]
-        if differ:
-            raise ValueError("; ".join(differ))
+        if state["step"] == stored.get("steps") and now["steps"] > stored["steps"]:  # a finished run is extended
+            differ = [line for line in differ if not line.startswith("steps ")]
+        if "decides" in state:  # not in files of version 0.1.0
+            before, now = state["decides"], self.decides
+            keys = [key for key in before | now if before.get(key) != now.get(key)]
+            differ += [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys]
+        model = self.objective.model
+        for name, parameter in model.named_parameters():
+            other = state["model"].get(name)
+            fixed = not parameter.requires_grad and other is not None and other.shape == parameter.shape
+            if fixed and not torch.equal(parameter.detach().cpu(), other.to(parameter.dtype)):
+                return [*differ, f"the weights that are not trained, such as {name}, are others"]
+        return differ
+
+
+def checksum(*tensors: Tensor | None) -> str:
+    """A short hash of tensors, to tell data from other data."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(str((tensor.shape, tensor.dtype)).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _one_line(error: Exception, limit: int = 300) -> str:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicogview.data.captions import LANGUAGES
+from minicogview.numbers import MANY, number
 from minicogview.super_resolution import DirectSR, text_slots
 from minicogview.tokenizer import Tokenizer
-from minicogview.training.coglm import neighbours
+from minicogview.training.coglm import check_recipe, neighbours
+from minicogview.training.state import checksum
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Pairs:
         return torch.tensor(rows), [[] if rng.random() < no_caption else text for text in texts]
 
 
+    def checksums(self) -> dict[str, str]:
+        """What tells these pictures and their texts from others."""
+        first = range(min(32, len(self.fine)))
+        texts = [self.tokenizer.encode(self.describe(i, "en", random.Random(i))) for i in first]
+        said = torch.tensor([token for text in texts for token in text])
+        return {"pictures": checksum(self.coarse, self.fine, self.start), "texts": checksum(said)}
+
+
 @dataclass(frozen=True)
 class SuperResolutionRecipe:
     """How samples are made. Shares and rates are between 0 and 1."""
@@ -54,6 +65,10 @@ class SuperResolutionRecipe:
     softness: float = 1.5  # of the targets, see ``soft_targets``; 0: the true code alone
     n_neighbours: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_recipe(self, "no_caption", "max_noise")
+        object.__setattr__(self, "softness", number(self.softness, "softness", 0, MANY))
 
 
 def replace_codes(codes: Tensor, near: Tensor, max_noise: float, rng: np.random.Generator) -> Tensor:
@@ -100,7 +115,7 @@ class DirectObjective:
         self.model, self.pairs, self.recipe = model, pairs, recipe
         self.near = neighbours(codebook, recipe.n_neighbours)
         self.targets = soft_targets(codebook, recipe.softness)
-        self._validate = validate
+        self._validate, self.train_base = validate, train_base
         model.base.requires_grad_(train_base)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -116,6 +131,10 @@ class DirectObjective:
         _, hidden = self.model(slots, coarse, start)  # (B, F, D)
         labels = self.pairs.fine[rows]
         return fine_loss(self.model.base.logits(hidden, len(self.targets)), labels, self.targets)
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the result besides the settings: the recipe and the data."""
+        return {**asdict(self.recipe), "train_base": self.train_base, **self.pairs.checksums()}
 
     def validate(self) -> dict[str, float]:
         """The values of the function that was given as ``validate``; none without it."""

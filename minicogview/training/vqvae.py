@@ -31,7 +31,7 @@ from minicogview.data.emoji import indices, load_emoji, render
 from minicogview.evaluation.metrics import psnr, tokenizer_psnr
 from minicogview.training.codebook import CodebookLearner
 from minicogview.training.loop import DEFAULTS, RunOptions, fit
-from minicogview.training.state import Settings
+from minicogview.training.state import Settings, checksum
 from minicogview.vqvae import VQVAE
 
 COMMITMENT = 0.25  # weight of the commitment loss
@@ -100,6 +100,7 @@ class TokenizerObjective:
         self.frozen = 0 not in self.levels
         freeze_other_levels(model, self.levels)
         self._seen: tuple[Tensor, Tensor] | None = None
+        self.start = checksum(*model.state_dict().values())
 
     def batch(self, step: int) -> Tensor:
         """Pictures (B, 3, S, S) in 0..1 of a step, half of them mirrored; they depend on seed and step alone."""
@@ -155,6 +156,11 @@ class TokenizerObjective:
             for level in self.levels:
                 numbers[f"heldout_psnr{size}_level{level}"] = tokenizer_psnr(self.model, size, level=level)["psnr"]
         return numbers
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the result besides the settings; ``revive_until`` follows from them."""
+        facts = {name: getattr(self, name) for name in ("levels", "batch_pixels", "warm_up", "seed", "start")}
+        return {**facts, "pictures": checksum(*self.pictures.values())}
 
     def state_dict(self) -> dict[str, Any]:
         """The codebook's moving averages, without which a resumed run would not be exact."""
