@@ -1,10 +1,10 @@
 """What number formats cost on this kind of processor, and whether the package's own choice is the fastest one.
 
-Rows: a training step of the toy's CogLM; drawing four pictures with the toy; one layer of the 6B model, streamed from
-the disk, for all fine tokens of a picture; and the same layer for a single token, with its weights in memory. Each is
-measured in every number format in turn, and as the package chooses by itself ("auto"). For the streamed layer the
-products alone are timed too, in float32 with float32 matrices: what the layer takes beyond them is attention, norms,
-reading, and converting matrices.
+Rows: a training step of the toy's CogLM; an update of its matrices by Muon; drawing four pictures with the toy; one
+layer of the 6B model, streamed from the disk, for all fine tokens of a picture; and the same layer for a single token,
+with its weights in memory. Each is measured in every number format in turn, and as the package chooses by itself
+("auto"). For the streamed layer the products alone are timed too, in float32 with float32 matrices: what the layer
+takes beyond them is attention, norms, reading, and converting matrices.
 
     python benchmarks/processors.py                                  on the processor as it is
     python benchmarks/processors.py --plain                          as on one without instructions for half precision
@@ -40,7 +40,9 @@ from minicogview.pipeline import CogView2
 from minicogview.scale.machine import cpu_speeds, training_precision
 from minicogview.scale.plan import Plan, Sizes, choose_formats
 from minicogview.training.coglm import CogLMObjective, CogLMRecipe
+from minicogview.training.optimizers import make_muon, updates_in
 from minicogview.training.recipes import TOY_WEIGHTS, emoji_data, load_tokenizer
+from minicogview.training.state import Settings
 
 PLAIN = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 TEXT = 16  # tokens of the prompt
@@ -72,6 +74,22 @@ def training(rounds: int) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    ways = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
+    return in_turns({name: lambda p=precision: step(p) for name, precision in ways.items()}, rounds)
+
+
+def muon(rounds: int) -> dict[str, float]:
+    """One update of all matrices of the toy's CogLM by Muon, the optimizer of the super-resolution stages."""
+    model = CogLM(get_preset("toy").coglm)
+    matrices = [p for p in model.transformer.layers.parameters() if p.ndim == 2]
+    optimizer = make_muon(matrices, Settings(steps=1, lr=1e-3))
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+
+    def step(precision: str) -> None:
+        with updates_in(training_precision(precision, "cpu")):
+            optimizer.step()
 
     ways = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
     return in_turns({name: lambda p=precision: step(p) for name, precision in ways.items()}, rounds)
@@ -154,6 +172,7 @@ def main() -> None:
     """Measure all rows, print them, and write them."""
     parser = argparse.ArgumentParser(description="number formats on this kind of processor")
     parser.add_argument("--plain", action="store_true", help="compute as a processor without half precision does")
+    parser.add_argument("--muon", action="store_true", help="measure the update by Muon alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=3, help="of the wide model")
     parser.add_argument("--json", type=Path, help="add the rows to this file")
@@ -169,11 +188,13 @@ def main() -> None:
         "bfloat16_gflops": cpu_speeds()[torch.bfloat16] / 1e9,
     }
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    rows = {"training step": training(options.rounds), "drawing, 4 pictures": drawing(options.rounds)}
-    with tempfile.TemporaryDirectory() as folder:
-        write_random(folder, wide(options.layers))
-        rows["streamed 6B layer, 3,600 tokens"] = streamed_layer(Path(folder), options.layers, 1)
-        rows["6B layer, one token"] = single_token(Path(folder), options.layers, options.rounds)
+    rows = {"Muon update": muon(options.rounds)}
+    if not options.muon:
+        rows |= {"training step": training(options.rounds), "drawing, 4 pictures": drawing(options.rounds)}
+        with tempfile.TemporaryDirectory() as folder:
+            write_random(folder, wide(options.layers))
+            rows["streamed 6B layer, 3,600 tokens"] = streamed_layer(Path(folder), options.layers, 1)
+            rows["6B layer, one token"] = single_token(Path(folder), options.layers, options.rounds)
     for what, seconds in rows.items():
         best = min(value for name, value in seconds.items() if name in ("float32", "bfloat16"))
         print(f"{what}: " + ", ".join(f"{name} {value:.4f} s" for name, value in seconds.items()))

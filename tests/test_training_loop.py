@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minicogview.errors import MiniCogViewError
 from minicogview.scale import machine
 from minicogview.training.loop import RunOptions, fit
-from minicogview.training.optimizers import learning_rate, make_optimizers
+from minicogview.training.optimizers import learning_rate, make_muon, make_optimizers, updates_in
 from minicogview.training.state import EMA, Settings, checksum
 
 SETTINGS = Settings(steps=40, lr=1e-2, warmup=5)
@@ -337,3 +338,33 @@ def test_schedule_depends_on_the_step_only():
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), Regression(pause=0.05))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_computes_in_the_precision_of_the_run(precision: str) -> None:
+    """Torch's Muon always takes bfloat16, which a plain processor multiplies slowly; in fp32 none may be left."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(6, 9), torch.randn(6, 9)
+    weight = torch.nn.Parameter(start.clone())
+    weight.grad = gradient.clone()
+    muon = make_muon([weight], Settings(steps=1, lr=0.1, weight_decay=0.0))
+    formats = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            formats.update(arg.dtype for arg in args if isinstance(arg, torch.Tensor) and "mm" in str(func))
+            return func(*args, **(kwargs or {}))
+
+    with updates_in(precision), Watch():
+        muon.step()
+    assert formats == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert torch.equal(weight.grad, gradient)  # the gradient itself is not divided
+    a, b, c = muon.param_groups[0]["ns_coefficients"]
+    x = (0.05 * gradient + 0.95 * 0.05 * gradient).double()  # Nesterov momentum of the first step
+    x = x / x.norm()
+    for _ in range(muon.param_groups[0]["ns_steps"]):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    expected = -0.1 * 0.2 * 9**0.5 * x  # "match_rms_adamw"
+    atol = 1e-6 if precision == "fp32" else 5e-3
+    torch.testing.assert_close((weight.detach() - start).double(), expected, atol=atol, rtol=0)

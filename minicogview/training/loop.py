@@ -31,7 +31,7 @@ from minicogview.errors import MiniCogViewError
 from minicogview.numbers import checked
 from minicogview.scale.machine import pick_device, training_precision
 from minicogview.training.log import Log
-from minicogview.training.optimizers import learning_rate, make_optimizers
+from minicogview.training.optimizers import learning_rate, make_optimizers, updates_in
 from minicogview.training.state import EMA, Checkpoint, Objective, Settings
 
 
@@ -154,8 +154,9 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], settings.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        with updates_in(settings.precision):
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.scalars = {"loss": loss.detach(), **scalars, "grad_norm": norm, "lr": rate}
         self.done = step + 1
 
